@@ -1,0 +1,1 @@
+"""What a user runs (train, layer, comm, compare) and what those four share."""
