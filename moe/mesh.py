@@ -1,0 +1,73 @@
+"""All process groups of a run, made once, in the same order on every rank."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from moe.topology import Cluster
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """Where this rank stands.
+
+    Experts are spread over `ep_size` consecutive ranks (expert parallelism); ranks with the same position in their
+    expert-parallel group hold the same experts (expert data parallelism).
+
+    Args:
+        cluster: the levels that ranks belong to.
+        device: where this rank computes.
+        rank: of the default group.
+        ep_size: ranks in an expert-parallel group.
+        ep_group, edp_group: this rank's process groups; `edp_group` holds `world_size / ep_size` ranks.
+    """
+
+    cluster: Cluster
+    device: torch.device
+    rank: int
+    ep_size: int
+    ep_group: dist.ProcessGroup
+    edp_group: dist.ProcessGroup
+
+    @property
+    def world_size(self) -> int:
+        """Ranks of the run."""
+        return self.cluster.world_size
+
+    @property
+    def ep_rank(self) -> int:
+        """This rank's position in its expert-parallel group."""
+        return self.rank % self.ep_size
+
+    @property
+    def edp_size(self) -> int:
+        """Ranks that hold the same experts as this one."""
+        return self.world_size // self.ep_size
+
+    def local_experts(self, num_experts: int) -> range:
+        """Global ids of the experts of this rank under the contiguous placement: E / ep_size of them."""
+        per_rank = num_experts // self.ep_size
+        return range(self.ep_rank * per_rank, (self.ep_rank + 1) * per_rank)
+
+
+def create_mesh(cluster: Cluster, device: torch.device, ep_size: int | None = None) -> Mesh:
+    """Make the groups; collective over all ranks of an initialised default process group.
+
+    Args:
+        cluster: its world size must be the process group's.
+        device: of this rank.
+        ep_size: ranks that share one set of experts, dividing the world size; None means all.
+    """
+    world_size, rank = dist.get_world_size(), dist.get_rank()
+    assert world_size == cluster.world_size, f"{cluster.name} has {cluster.world_size} ranks, {world_size} are here"
+    ep_size = ep_size or world_size
+    assert world_size % ep_size == 0, f"{world_size} ranks can't be cut into groups of {ep_size}"
+    ep_ranks = [list(range(start, start + ep_size)) for start in range(0, world_size, ep_size)]
+    edp_ranks = [list(range(start, world_size, ep_size)) for start in range(ep_size)]
+    ep_group = dist.new_subgroups_by_enumeration(ep_ranks)[0]
+    edp_group = dist.new_subgroups_by_enumeration(edp_ranks)[0]
+    assert ep_group is not None and edp_group is not None
+    return Mesh(cluster, device, rank, ep_size, ep_group, edp_group)

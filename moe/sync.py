@@ -1,0 +1,80 @@
+"""Reduction of gradients once backward has ended. A system may bring its own (a method that slices or overlaps it)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from moe.mesh import Mesh
+
+
+class GradientSync:
+    """Averages gradients so that every system optimises the mean loss over all ranks' tokens.
+
+    Dense gradients: all-reduce, divided by the world size. Gradients of sharded experts already hold the sum over the
+    tokens of their expert-parallel group; they are reduced over the replicas of the expert and divided alike.
+
+    Args:
+        model: all its parameters with a gradient are reduced.
+        sharded: those parameters of `model` that live on some ranks only.
+        mesh: groups of the run.
+    """
+
+    def __init__(self, model: nn.Module, sharded: Sequence[nn.Parameter], mesh: Mesh) -> None:
+        ids = {id(parameter) for parameter in sharded}
+        self.mesh = mesh
+        self.sharded = list(sharded)
+        self.dense = [p for p in model.parameters() if p.requires_grad and id(p) not in ids]
+
+    def reduce(self) -> None:
+        """Reduce every gradient in place. Collective."""
+        _reduce_bucket(self.dense, dist.group.WORLD, self.mesh.world_size, self.mesh.world_size)
+        _reduce_bucket(self.sharded, self.mesh.edp_group, self.mesh.edp_size, self.mesh.world_size)
+
+    def clip(self, max_norm: float) -> Tensor:
+        """Scale all gradients so that their global norm is at most `max_norm` (0: leave them). Collective.
+
+        Returns:
+            The norm before scaling, over each parameter of the whole model once; scalar float32, equal on all ranks.
+        """
+        sharded_square = _sum_of_squares(self.sharded, self.mesh.device) / self.mesh.edp_size
+        dist.all_reduce(sharded_square)
+        norm = (_sum_of_squares(self.dense, self.mesh.device) + sharded_square).sqrt()
+        if max_norm > 0:
+            scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+            for grad in _gradients(self.dense + self.sharded):
+                grad.mul_(scale)
+        return norm
+
+
+def _gradients(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+    return [p.grad for p in parameters if p.grad is not None]
+
+
+def _sum_of_squares(parameters: Sequence[nn.Parameter], device: torch.device) -> Tensor:
+    norms = [grad.float().norm() for grad in _gradients(parameters)]
+    return torch.stack(norms).square().sum() if norms else torch.zeros((), device=device)
+
+
+def _reduce_bucket(
+    parameters: Sequence[nn.Parameter], group: dist.ProcessGroup | None, group_size: int, divisor: int
+) -> None:
+    for parameter in parameters:  # a parameter unused this step on this rank still takes part in the collective
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    grads = _gradients(parameters)
+    if not grads:
+        return
+    if group_size == 1:
+        torch._foreach_div_(grads, divisor)
+        return
+    bucket = torch.cat([grad.reshape(-1) for grad in grads])
+    dist.all_reduce(bucket, group=group)
+    bucket /= divisor
+    for grad, reduced in zip(grads, bucket.split([grad.numel() for grad in grads]), strict=True):
+        grad.copy_(reduced.view_as(grad))

@@ -1,0 +1,167 @@
+"""The contract between the suite and an MoE training system.
+
+A `System` builds a layer from a `LayerSpec` and a `Mesh`; the layer is an `MoELayer`, whose few methods let the suite
+load the same weights into every system, find the experts' parameters whatever their layout, and time the stages.
+
+Dimensions: T tokens of this rank, M model, H hidden of an expert, E experts over all ranks, K choices a token.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
+
+from moe.mesh import Mesh
+from moe.sync import GradientSync
+from moe.topology import Cluster
+
+Activation = Literal["gelu", "swiglu"]
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """What every system must compute for one MoE layer.
+
+    Args:
+        model_dim: M, width of a token.
+        hidden_dim: H, width inside an expert.
+        num_experts: E, over all ranks.
+        top_k: K, experts a token is sent to.
+        activation: `gelu` (two matrices) or `swiglu` (three, Shazeer 2020).
+        capacity_factor: None drops nothing; c keeps at most ceil(c * K * T / E) copies per source rank and expert.
+        dtype: of the tokens and the experts' arithmetic; the gate computes in float32.
+        seed, layer_index: weights are a function of (seed, layer_index, global expert id), never of the rank.
+    """
+
+    model_dim: int
+    hidden_dim: int
+    num_experts: int
+    top_k: int
+    activation: Activation = "gelu"
+    capacity_factor: float | None = None
+    dtype: torch.dtype = torch.float32
+    seed: int = 0
+    layer_index: int = 0
+
+    @property
+    def expert_shapes(self) -> dict[str, tuple[int, int]]:
+        """Canonical matrices of one expert: y = act(x w1) w2, or (silu(x w1) * (x w3)) w2 with `swiglu`."""
+        shapes = {"w1": (self.model_dim, self.hidden_dim), "w2": (self.hidden_dim, self.model_dim)}
+        return shapes | {"w3": (self.model_dim, self.hidden_dim)} if self.activation == "swiglu" else shapes
+
+
+class MoEOutput(NamedTuple):
+    """What a layer returns.
+
+    Attributes:
+        y_TM: [T, M], in the layer's dtype.
+        aux_loss: scalar float32, the balance loss of this rank's tokens (see `moe.gate.balance_loss`), unweighted.
+        counts_E: [E] int64, copies that this rank's tokens chose, before any drop.
+        num_dropped: scalar int64, copies of this rank's tokens that no expert computed.
+        expert_ids_TK: [T, K] int64, or None where the system does not tell.
+    """
+
+    y_TM: Tensor
+    aux_loss: Tensor
+    counts_E: Tensor
+    num_dropped: Tensor
+    expert_ids_TK: Tensor | None
+
+
+@dataclass(frozen=True)
+class ExpertView:
+    """One canonical matrix of one expert inside a system's own parameter layout.
+
+    Args:
+        expert: global expert id.
+        name: `w1`, `w2` or `w3`.
+        parameter: the parameter that holds it, possibly with other experts'.
+        view: from a tensor shaped like `parameter` (the data, the gradient, an optimizer moment) to a view of the
+            canonical shape, `LayerSpec.expert_shapes[name]`.
+    """
+
+    expert: int
+    name: str
+    parameter: nn.Parameter
+    view: Callable[[Tensor], Tensor]
+
+
+class MoELayer(nn.Module, ABC):
+    """An MoE layer of some system. Calling it takes x [T, M] and returns an `MoEOutput`."""
+
+    def __init__(self, spec: LayerSpec, mesh: Mesh) -> None:
+        super().__init__()
+        self.spec = spec
+        self.mesh = mesh
+
+    @abstractmethod
+    def forward(self, x_TM: Tensor) -> MoEOutput:
+        """Route this rank's tokens [T, M] through the experts."""
+
+    @property
+    @abstractmethod
+    def gate_weight(self) -> nn.Parameter:
+        """The gate's matrix, [E, M] float32, the same on every rank."""
+
+    @abstractmethod
+    def expert_views(self) -> list[ExpertView]:
+        """The matrices of every expert that lives on this rank."""
+
+    @abstractmethod
+    def stage_modules(self) -> tuple[nn.Module, nn.Module]:
+        """(gate, experts): the submodules whose calls bound the stages gate, dispatch, experts, combine."""
+
+    @property
+    def experts_are_sharded(self) -> bool:
+        """True when an expert lives on some ranks only; False when every rank holds all (then they train as dense)."""
+        return True
+
+    def sharded_parameters(self) -> list[nn.Parameter]:
+        """Parameters whose gradient is not reduced over the whole world."""
+        if not self.experts_are_sharded:
+            return []
+        return list({id(view.parameter): view.parameter for view in self.expert_views()}.values())
+
+
+class NoOptions(BaseModel):
+    """Options of a system that has none."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class System(ABC):
+    """One system under comparison. Subclass it in a file of baselines/ or methods/, and it is in the registry.
+
+    Attributes:
+        name: as in conf/system/<name>.yaml and in every result.
+        implementation: `upstream` when another project's package computes the layer, `native` when this suite does.
+        summary: half a sentence for tables.
+        Options: pydantic model of the keys that conf/system/<name>.yaml may carry beside `name`.
+    """
+
+    name: ClassVar[str]
+    implementation: ClassVar[Literal["upstream", "native"]]
+    summary: ClassVar[str]
+    Options: ClassVar[type[BaseModel]] = NoOptions
+
+    def __init__(self, options: BaseModel | dict[str, Any] | None = None) -> None:
+        self.options = options if isinstance(options, BaseModel) else self.Options.model_validate(options or {})
+
+    def refusals(self, spec: LayerSpec, cluster: Cluster) -> list[str]:
+        """Plain sentences that say why this combination can't run; empty when it can."""
+        return []
+
+    @abstractmethod
+    def build_layer(self, spec: LayerSpec, mesh: Mesh) -> MoELayer:
+        """A layer on `mesh.device`; the suite loads its weights afterwards (`moe.weights.load_layer`)."""
+
+    def gradient_sync(self, model: nn.Module, mesh: Mesh) -> GradientSync:
+        """How gradients are reduced after backward; the default reduces in one bucket once backward has ended."""
+        sharded = [p for layer in model.modules() if isinstance(layer, MoELayer) for p in layer.sharded_parameters()]
+        return GradientSync(model, sharded, mesh)
