@@ -1,0 +1,42 @@
+"""Collectives that autograd can go back through. Bytes are counted by `moe.metering`, which stands in front of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class _AllToAllV(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, rows_RM: Tensor, receive_rows: list[int], send_rows: list[int], group: dist.ProcessGroup
+    ) -> Tensor:
+        ctx.receive_rows, ctx.send_rows, ctx.group = receive_rows, send_rows, group
+        received = rows_RM.new_empty(sum(receive_rows), *rows_RM.shape[1:])
+        dist.all_to_all_single(received, rows_RM.contiguous(), receive_rows, send_rows, group=group)
+        return received
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        grad = grads[0].contiguous()
+        sent_back = grad.new_empty(sum(ctx.send_rows), *grad.shape[1:])
+        dist.all_to_all_single(sent_back, grad, ctx.send_rows, ctx.receive_rows, group=ctx.group)
+        return sent_back, None, None, None
+
+
+def all_to_all_v(rows_RM: Tensor, receive_rows: list[int], send_rows: list[int], group: dist.ProcessGroup) -> Tensor:
+    """Exchange rows between the ranks of a group; differentiable, the backward is the opposite exchange.
+
+    Args:
+        rows_RM: [sum(send_rows), M], rows for the group's rank 0 first, then for rank 1, ...
+        receive_rows: rows that come from each rank of the group.
+        send_rows: rows that go to each.
+        group: process group.
+
+    Returns:
+        [sum(receive_rows), M], rows from the group's rank 0 first.
+    """
+    return _AllToAllV.apply(rows_RM, receive_rows, send_rows, group)

@@ -1,0 +1,176 @@
+"""Token dispatch of plain expert parallelism: counts are exchanged, then exactly the rows that were routed.
+
+Dimensions: T tokens of this rank, K choices, M model, P ranks of the expert-parallel group, L experts a rank,
+S copies this rank sends, R copies it receives.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from moe.collectives import all_to_all_v
+from moe.gate import Routing
+from moe.mesh import Mesh
+
+
+class _Permute(torch.autograd.Function):
+    """rows[order], where every row occurs once; the backward is the inverse permutation, not a scatter-add."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse)
+        return rows[order]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (inverse,) = ctx.saved_tensors
+        return grads[0][inverse], None, None
+
+
+class _Expand(torch.autograd.Function):
+    """Token rows [T, M] to copies [S, M] in send order; the backward sums a token's K gradients in choice order."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TM: Tensor, order: Tensor, inverse: Tensor, top_k: int) -> Tensor:
+        ctx.save_for_backward(inverse)
+        ctx.top_k = top_k
+        return x_TM[order // top_k]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        (inverse,) = ctx.saved_tensors
+        copies = _take_or_zero(grads[0], inverse)
+        return copies.view(-1, ctx.top_k, copies.shape[1]).sum(1), None, None, None
+
+
+class _Collapse(torch.autograd.Function):
+    """Copies [S, M] in send order back to [T * K, M] in token order, zeros where a copy was dropped."""
+
+    @staticmethod
+    def forward(ctx: Any, copies_SM: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(order)
+        return _take_or_zero(copies_SM, inverse)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (order,) = ctx.saved_tensors
+        return grads[0][order], None, None
+
+
+def _take_or_zero(rows: Tensor, index: Tensor) -> Tensor:
+    """rows[index], with zeros where the index is len(rows): the place of dropped copies."""
+    if len(rows) == len(index):
+        return rows[index]
+    return torch.cat([rows, rows.new_zeros(1, rows.shape[1])])[index]
+
+
+def _inverse(order: Tensor, length: int) -> Tensor:
+    inverse = torch.full((length,), len(order), dtype=order.dtype, device=order.device)
+    inverse[order] = torch.arange(len(order), dtype=order.dtype, device=order.device)
+    return inverse
+
+
+@dataclass(frozen=True)
+class DispatchPlan:
+    """Where the copies of one layer call travel.
+
+    Attributes:
+        order: [S] int64, send position -> flat copy t * K + k, sorted by expert.
+        inverse: [T * K] int64, its inverse; S where the copy is dropped.
+        send_rows, receive_rows: copies to and from each rank of the group.
+        expert_order, expert_inverse: [R] int64, arrival order -> expert-major order and back; None when they agree.
+        expert_rows: copies for each of this rank's L experts.
+    """
+
+    order: Tensor
+    inverse: Tensor
+    send_rows: list[int]
+    receive_rows: list[int]
+    expert_order: Tensor | None
+    expert_inverse: Tensor | None
+    expert_rows: list[int]
+
+
+class AllToAllDispatcher:
+    """Dispatch and combine by all-to-all-v, what Megatron-LM's `alltoall` token dispatcher does.
+
+    Args:
+        mesh: its expert-parallel group is used.
+        num_experts: E, over the group.
+    """
+
+    def __init__(self, mesh: Mesh, num_experts: int) -> None:
+        self.group = mesh.ep_group
+        self.num_ranks = mesh.ep_size
+        self.num_experts = num_experts
+        self.num_local = num_experts // mesh.ep_size
+
+    def plan(self, routing: Routing) -> DispatchPlan:
+        """Exchange the counts and lay out the copies. Collective; waits for the counts on the host."""
+        chosen = routing.expert_ids_TK.flatten()
+        if routing.kept_TK is None:
+            order, counts_E = torch.argsort(chosen, stable=True), routing.counts_E
+        else:
+            kept = routing.kept_TK.flatten()
+            chosen = torch.where(kept, chosen, self.num_experts)  # dropped copies sort behind the last expert
+            counts_E = torch.bincount(chosen, minlength=self.num_experts + 1)[: self.num_experts]
+            order = torch.argsort(chosen, stable=True)[: int(kept.sum())]
+        arriving_PL = torch.empty_like(counts_E)
+        dist.all_to_all_single(arriving_PL, counts_E, group=self.group)
+        send_PL = counts_E.view(self.num_ranks, self.num_local).tolist()
+        receive_PL = arriving_PL.view(self.num_ranks, self.num_local).tolist()
+        expert_order = expert_inverse = None
+        if self.num_local > 1 and self.num_ranks > 1:
+            local_expert = torch.arange(self.num_local, device=chosen.device).repeat(self.num_ranks)
+            expert_order = torch.argsort(local_expert.repeat_interleave(arriving_PL), stable=True)
+            expert_inverse = _inverse(expert_order, len(expert_order))
+        return DispatchPlan(
+            order,
+            _inverse(order, len(chosen)),
+            [sum(row) for row in send_PL],
+            [sum(row) for row in receive_PL],
+            expert_order,
+            expert_inverse,
+            [sum(column) for column in zip(*receive_PL, strict=True)],
+        )
+
+    def dispatch(self, x_TM: Tensor, routing: Routing) -> tuple[Tensor, DispatchPlan]:
+        """Send every kept copy to its expert's rank. Collective.
+
+        Args:
+            x_TM: [T, M] tokens.
+            routing: of these tokens.
+
+        Returns:
+            rows [R, M] sorted by local expert, and the plan that `combine` needs.
+        """
+        plan = self.plan(routing)
+        copies_SM = _Expand.apply(x_TM, plan.order, plan.inverse, routing.expert_ids_TK.shape[1])
+        rows_RM = all_to_all_v(copies_SM, plan.receive_rows, plan.send_rows, self.group)
+        if plan.expert_order is not None:
+            rows_RM = _Permute.apply(rows_RM, plan.expert_order, plan.expert_inverse)
+        return rows_RM, plan
+
+    def combine(self, rows_RM: Tensor, plan: DispatchPlan, weights_TK: Tensor) -> Tensor:
+        """Send the experts' rows back and sum each token's K of them, weighted. Collective.
+
+        Args:
+            rows_RM: [R, M], in the order that `dispatch` gave.
+            plan: what `dispatch` gave.
+            weights_TK: [T, K].
+
+        Returns:
+            [T, M], in the dtype of the rows.
+        """
+        if plan.expert_order is not None:
+            rows_RM = _Permute.apply(rows_RM, plan.expert_inverse, plan.expert_order)
+        copies_SM = all_to_all_v(rows_RM, plan.send_rows, plan.receive_rows, self.group)
+        copies = _Collapse.apply(copies_SM, plan.order, plan.inverse)
+        num_tokens, top_k = weights_TK.shape
+        weighted = copies.view(num_tokens, top_k, -1) * weights_TK.unsqueeze(-1).to(copies.dtype)
+        return weighted.sum(1)

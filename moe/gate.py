@@ -1,0 +1,109 @@
+"""The top-k gate of GShard (Lepikhin et al. 2021) and Switch (Fedus et al. 2022), and their balance loss.
+
+Dimensions: T tokens, M model, E experts, K choices.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from moe.system import LayerSpec
+
+
+class Routing(NamedTuple):
+    """Which experts compute which tokens.
+
+    Attributes:
+        expert_ids_TK: [T, K] int64, best choice first.
+        weights_TK: [T, K] float32, differentiable; of the combination. 0 where the copy is dropped.
+        kept_TK: [T, K] bool, False where the copy is dropped; None when nothing is.
+        probs_TE: [T, E] float32, softmax of the logits.
+        counts_E: [E] int64, copies each expert was chosen for, before drops.
+        aux_loss: scalar float32.
+    """
+
+    expert_ids_TK: Tensor
+    weights_TK: Tensor
+    kept_TK: Tensor | None
+    probs_TE: Tensor
+    counts_E: Tensor
+    aux_loss: Tensor
+
+
+def balance_loss(probs_TE: Tensor, expert_ids_TK: Tensor) -> Tensor:
+    """E * sum_e f_e * p_e, with p_e the mean probability of e and f_e the share of choices that e got.
+
+    The choices counted are the first ones for K <= 2 (GShard, algorithm 1; Switch, equation 4) and all of them, divided
+    by K, above: what DeepSpeed computes. It is 1 when all is uniform. No gradient goes through f.
+    """
+    num_experts = probs_TE.shape[1]
+    counted = expert_ids_TK[:, :1] if expert_ids_TK.shape[1] <= 2 else expert_ids_TK
+    shares_E = torch.bincount(counted.flatten(), minlength=num_experts).to(probs_TE.dtype) / counted.numel()
+    return num_experts * (shares_E * probs_TE.mean(0)).sum()
+
+
+def combine_weights(probs_TE: Tensor, expert_ids_TK: Tensor, kept_TK: Tensor | None = None) -> Tensor:
+    """Weights of the K outputs: the probability itself for K = 1 (Switch), normalised over the kept choices above.
+
+    Returns:
+        [T, K] float32.
+    """
+    chosen_TK = probs_TE.gather(1, expert_ids_TK)
+    if kept_TK is not None:
+        chosen_TK = chosen_TK * kept_TK
+    if expert_ids_TK.shape[1] == 1:
+        return chosen_TK
+    return chosen_TK / chosen_TK.sum(1, keepdim=True).clamp_min(torch.finfo(chosen_TK.dtype).eps)
+
+
+def within_capacity(expert_ids_TK: Tensor, num_experts: int, capacity: int) -> Tensor:
+    """The suite's drop rule: an expert keeps the first `capacity` copies of this rank, all first choices before any
+    second one, tokens in order (GShard, algorithm 1).
+
+    Returns:
+        [T, K] bool, True where the copy is kept.
+    """
+    by_choice = expert_ids_TK.t().flatten()  # [K * T], first choices first
+    order = torch.argsort(by_choice, stable=True)
+    counts_E = torch.bincount(by_choice, minlength=num_experts)
+    starts_E = counts_E.cumsum(0) - counts_E
+    position = torch.empty_like(order)
+    position[order] = torch.arange(len(order), device=order.device) - starts_E[by_choice[order]]
+    return (position < capacity).view(expert_ids_TK.shape[1], -1).t()
+
+
+class TopKGate(nn.Module):
+    """Softmax, then the K largest. Computes in float32 whatever the dtype of the tokens.
+
+    Args:
+        spec: of the layer.
+        device: of the weight, [E, M] float32.
+    """
+
+    def __init__(self, spec: LayerSpec, device: torch.device) -> None:
+        super().__init__()
+        self.spec = spec
+        self.weight = nn.Parameter(torch.empty(spec.num_experts, spec.model_dim, device=device))
+
+    def forward(self, x_TM: Tensor) -> Routing:
+        """Route tokens [T, M]."""
+        spec = self.spec
+        logits_TE = x_TM.float() @ self.weight.float().t()
+        probs_TE = logits_TE.softmax(1)
+        expert_ids_TK = probs_TE.topk(spec.top_k, dim=1).indices
+        kept_TK = None
+        if spec.capacity_factor is not None:
+            capacity = math.ceil(spec.capacity_factor * spec.top_k * len(x_TM) / spec.num_experts)
+            kept_TK = within_capacity(expert_ids_TK, spec.num_experts, capacity)
+        return Routing(
+            expert_ids_TK,
+            combine_weights(probs_TE, expert_ids_TK, kept_TK),
+            kept_TK,
+            probs_TE,
+            torch.bincount(expert_ids_TK.flatten(), minlength=spec.num_experts),
+            balance_loss(probs_TE, expert_ids_TK),
+        )

@@ -1,0 +1,177 @@
+"""Counts the bytes that cross each cluster level, for upstream packages and native code alike.
+
+The meter stands in front of the functions of `torch.distributed`, which upstream packages look up at every call. Token
+traffic (all-to-all, point-to-point) is counted exactly, from the split sizes. Reductions, gathers and broadcasts have no
+single byte count: they are counted as a ring moves them, each rank sending to the next rank of the group.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from moe.topology import Cluster
+
+CLASSES = ("alltoall", "reduction", "other")
+"""Byte classes: token traffic, gradient-like reductions, everything else (gathers, broadcasts)."""
+
+
+class LinkMeter:
+    """Bytes that this rank sent, by level and class.
+
+    Args:
+        cluster: levels of the ranks of the default process group.
+        rank: this rank.
+
+    Attributes:
+        sent: {(level index, class): bytes} since the meter was made or `reset`.
+    """
+
+    def __init__(self, cluster: Cluster, rank: int) -> None:
+        self.cluster = cluster
+        self.rank = rank
+        self.sent: dict[tuple[int, str], int] = defaultdict(int)
+        self._levels_of: dict[tuple[int, ...], list[int]] = {}
+        self._group_ranks: dict[int, tuple[dist.ProcessGroup | None, list[int]]] = {}
+
+    def reset(self) -> None:
+        """Forget what was counted."""
+        self.sent.clear()
+
+    def as_tensor(self) -> Tensor:
+        """What was counted, as float64 [levels, classes], ready to be summed over ranks."""
+        counted = torch.zeros(len(self.cluster.levels), len(CLASSES), dtype=torch.float64)
+        for (level, kind), num_bytes in self.sent.items():
+            counted[level, CLASSES.index(kind)] = num_bytes
+        return counted
+
+    @contextmanager
+    def installed(self) -> Iterator[LinkMeter]:
+        """Count every collective called through `torch.distributed` inside the block. Not re-entrant."""
+        original = {name: getattr(dist, name) for name in _COUNTERS}
+        try:
+            for name, function in original.items():
+                _replace(name, self._counting(function, _COUNTERS[name]))
+            yield self
+        finally:
+            for name, function in original.items():
+                _replace(name, function)
+
+    def _counting(self, function: Callable[..., Any], count: Callable[[LinkMeter, dict[str, Any]], None]) -> Any:
+        signature = inspect.signature(function)
+
+        @wraps(function)
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            count(self, signature.bind(*args, **kwargs).arguments)
+            return function(*args, **kwargs)
+
+        return counted
+
+    def _ranks(self, group: dist.ProcessGroup | None) -> list[int]:
+        # The group itself is kept beside its ranks, so that its id can't be given to another group.
+        known = self._group_ranks.get(id(group))
+        if known is None:
+            known = (group, dist.get_process_group_ranks(group if group is not None else dist.group.WORLD))
+            self._group_ranks[id(group)] = known
+        return known[1]
+
+    def _levels(self, group: dist.ProcessGroup | None) -> list[int]:
+        ranks = self._ranks(group)
+        key = tuple(ranks)
+        if key not in self._levels_of:
+            self._levels_of[key] = [self.cluster.level_of(self.rank, peer) for peer in ranks]
+        return self._levels_of[key]
+
+    def _send_splits(self, bytes_per_peer: list[int], group: dist.ProcessGroup | None) -> None:
+        for level, num_bytes in zip(self._levels(group), bytes_per_peer, strict=True):
+            self.sent[level, "alltoall"] += num_bytes
+
+    def _send_next(self, num_bytes: float, group: dist.ProcessGroup | None, kind: str) -> None:
+        ranks = self._ranks(group)
+        if len(ranks) > 1:
+            neighbour = ranks[(ranks.index(self.rank) + 1) % len(ranks)]
+            self.sent[self.cluster.level_of(self.rank, neighbour), kind] += round(num_bytes)
+
+    def _group_size(self, group: dist.ProcessGroup | None) -> int:
+        return len(self._ranks(group))
+
+
+def _replace(name: str, function: Callable[..., Any]) -> None:
+    setattr(dist, name, function)
+    if name == "isend":  # batch_isend_irecv compares with, and calls, the name in its own module
+        dist.distributed_c10d.isend = function
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _all_to_all_single(meter: LinkMeter, call: dict[str, Any]) -> None:
+    data, group = call["input"], call.get("group")
+    splits = call.get("input_split_sizes")
+    if not splits:
+        size = meter._group_size(group)
+        meter._send_splits([_bytes(data) // size] * size, group)
+    else:
+        row_bytes = _bytes(data) // data.shape[0] if data.shape[0] else 0
+        meter._send_splits([rows * row_bytes for rows in splits], group)
+
+
+def _all_to_all(meter: LinkMeter, call: dict[str, Any]) -> None:
+    meter._send_splits([_bytes(tensor) for tensor in call["input_tensor_list"]], call.get("group"))
+
+
+def _all_reduce(meter: LinkMeter, call: dict[str, Any]) -> None:
+    group = call.get("group")
+    size = meter._group_size(group)
+    meter._send_next(2 * (size - 1) / size * _bytes(call["tensor"]), group, "reduction")
+
+
+def _reduce_scatter(meter: LinkMeter, call: dict[str, Any]) -> None:
+    group = call.get("group")
+    size = meter._group_size(group)
+    meter._send_next((size - 1) / size * _bytes(call["input"]), group, "reduction")
+
+
+def _gather(argument: str) -> Callable[[LinkMeter, dict[str, Any]], None]:
+    def count(meter: LinkMeter, call: dict[str, Any]) -> None:
+        group = call.get("group")
+        meter._send_next((meter._group_size(group) - 1) * _bytes(call[argument]), group, "other")
+
+    return count
+
+
+def _broadcast(meter: LinkMeter, call: dict[str, Any]) -> None:
+    group = call.get("group")
+    ranks = meter._ranks(group)
+    source = call.get("src") if call.get("src") is not None else ranks[call.get("group_src") or 0]
+    if source is not None and ranks[(ranks.index(meter.rank) + 1) % len(ranks)] != source:
+        meter._send_next(_bytes(call["tensor"]), group, "other")
+
+
+def _send(meter: LinkMeter, call: dict[str, Any]) -> None:
+    peer = call.get("dst")
+    if peer is None:
+        peer = meter._ranks(call.get("group"))[call["group_dst"]]
+    meter.sent[meter.cluster.level_of(meter.rank, peer), "alltoall"] += _bytes(call["tensor"])
+
+
+_COUNTERS: dict[str, Callable[[LinkMeter, dict[str, Any]], None]] = {
+    "all_to_all_single": _all_to_all_single,
+    "all_to_all": _all_to_all,
+    "all_reduce": _all_reduce,
+    "reduce_scatter_tensor": _reduce_scatter,
+    "all_gather_into_tensor": _gather("input_tensor"),
+    "all_gather": _gather("tensor"),
+    "broadcast": _broadcast,
+    "send": _send,
+    "isend": _send,
+}
