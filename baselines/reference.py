@@ -56,7 +56,7 @@ class ReferenceLayer(MoELayer):
         """Every expert, on every rank."""
         return [view for expert, module in enumerate(self.dense.experts) for view in module.views(expert)]
 
-    def stage_modules(self) -> tuple[nn.Module, nn.Module]:
+    def stage_modules(self) -> tuple[nn.Module, ...]:
         """Gate and the dense experts."""
         return self.gate, self.dense
 

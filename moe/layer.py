@@ -46,6 +46,6 @@ class NativeMoE(MoELayer):
         """Views into the grouped weights."""
         return self.experts.views()
 
-    def stage_modules(self) -> tuple[nn.Module, nn.Module]:
+    def stage_modules(self) -> tuple[nn.Module, ...]:
         """Gate and grouped experts."""
         return self.gate, self.experts

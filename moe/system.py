@@ -114,8 +114,8 @@ class MoELayer(nn.Module, ABC):
         """The matrices of every expert that lives on this rank."""
 
     @abstractmethod
-    def stage_modules(self) -> tuple[nn.Module, nn.Module]:
-        """(gate, experts): the submodules whose calls bound the stages gate, dispatch, experts, combine."""
+    def stage_modules(self) -> tuple[nn.Module, ...]:
+        """The gate, then the experts in the order of their calls: these calls bound the stages of a layer."""
 
     @property
     def experts_are_sharded(self) -> bool:

@@ -1,0 +1,132 @@
+"""DeepSpeed-MoE, the upstream package's layer (`deepspeed.moe.layer.MoE`), with the suite's expert network and weights.
+
+Its gate runs without sampling (no second-expert noise, no random token selection), so that it is the same function as
+the others'. Without a capacity factor nothing drops: upstream then pads every expert to the fullest one of any rank.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import math
+import os
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+
+from moe.experts import ExpertFFN
+from moe.mesh import Mesh
+from moe.system import ExpertView, LayerSpec, MoELayer, MoEOutput, System
+from moe.topology import Cluster
+
+
+class Options(BaseModel):
+    """Options of conf/system/deepspeed.yaml; upstream's names.
+
+    Args:
+        min_capacity: fewest slots of an expert when a capacity factor is set.
+        use_rts: random instead of first-come token selection where K = 1 drops.
+        use_tutel: upstream's Tutel kernels, K = 1 only; needs the package.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+    min_capacity: int = Field(default=4, ge=0)
+    use_rts: bool = False
+    use_tutel: bool = False
+
+
+class DeepSpeedLayer(MoELayer):
+    """Upstream's layer behind the suite's contract."""
+
+    def __init__(self, spec: LayerSpec, mesh: Mesh, options: Options) -> None:
+        super().__init__(spec, mesh)
+        self.min_capacity = options.min_capacity
+        upstream = _import_upstream(mesh.device)
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints a line for every group it makes
+            self.upstream = upstream.MoE(
+                spec.model_dim,
+                ExpertFFN(spec, mesh.device),
+                num_experts=spec.num_experts,
+                ep_size=mesh.ep_size,
+                k=spec.top_k,
+                capacity_factor=spec.capacity_factor or 1.0,
+                eval_capacity_factor=spec.capacity_factor or 1.0,
+                min_capacity=options.min_capacity,
+                drop_tokens=spec.capacity_factor is not None,
+                use_rts=options.use_rts,
+                use_tutel=options.use_tutel,
+                top2_2nd_expert_sampling=False,
+            ).to(mesh.device)
+            self.upstream.set_deepspeed_parallelism()
+
+    def forward(self, x_TM: Tensor) -> MoEOutput:
+        """Route this rank's tokens [T, M]."""
+        y_TM, aux_loss, counts_E = self.upstream(x_TM)
+        return MoEOutput(y_TM, aux_loss, counts_E, self._dropped(counts_E, len(x_TM)), None)
+
+    def _dropped(self, counts_E: Tensor, num_tokens: int) -> Tensor:
+        spec = self.spec
+        if spec.capacity_factor is None:
+            return torch.zeros_like(counts_E[0])
+        capacity = math.ceil(num_tokens / spec.num_experts * spec.capacity_factor * spec.top_k)
+        return (counts_E - max(capacity, self.min_capacity)).clamp_min(0).sum()
+
+    @property
+    def gate_weight(self) -> nn.Parameter:
+        """[E, M]."""
+        return self.upstream.deepspeed_moe.gate.wg.weight
+
+    def expert_views(self) -> list[ExpertView]:
+        """Upstream's list of local experts, in global order."""
+        experts = self.upstream.deepspeed_moe.experts.deepspeed_experts
+        ids = self.mesh.local_experts(self.spec.num_experts)
+        return [view for expert, module in zip(ids, experts, strict=True) for view in module.views(expert)]
+
+    def stage_modules(self) -> tuple[nn.Module, ...]:
+        """Upstream's gate and experts."""
+        return self.upstream.deepspeed_moe.gate, self.upstream.deepspeed_moe.experts
+
+
+class DeepSpeed(System):
+    """DeepSpeed-MoE as its authors ship it."""
+
+    name = "deepspeed"
+    implementation = "upstream"
+    summary = "DeepSpeed-MoE: GShard gating, experts padded to equal capacity"
+    Options = Options
+
+    def refusals(self, spec: LayerSpec, cluster: Cluster) -> list[str]:
+        """Missing packages."""
+        reasons = []
+        if find_spec("deepspeed") is None:
+            reasons.append(
+                "The package deepspeed is not installed; see https://www.deepspeed.ai/tutorials/advanced-install/."
+            )
+        if self.options.use_tutel and find_spec("tutel") is None:
+            reasons.append("use_tutel needs the package tutel; see https://github.com/microsoft/Tutel.")
+        return reasons
+
+    def build_layer(self, spec: LayerSpec, mesh: Mesh) -> MoELayer:
+        """Upstream's layer. Collective: it makes process groups."""
+        return DeepSpeedLayer(spec, mesh, self.options)
+
+
+def _import_upstream(device: torch.device) -> Any:
+    """Import the package and let it adopt the process group that is there."""
+    os.environ.setdefault("DS_ACCELERATOR", device.type)
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    import deepspeed
+    import deepspeed.moe.layer
+    import deepspeed.ops
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    if not deepspeed.comm.is_initialized():
+        # Its shared-memory all-reduce would be compiled at first use (a minute, a compiler); an MoE layer never calls it.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        with contextlib.redirect_stdout(io.StringIO()):
+            deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False)
+    return deepspeed.moe.layer
