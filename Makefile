@@ -1,0 +1,45 @@
+# Everything runs from the checkout, in .venv, which is built from requirements/lock.txt whenever that has changed.
+#   PYTHON  the interpreter that .venv is made with (3.11 or newer)
+#   TORCH   cpu (default) or cuda; an existing .venv keeps its build
+#   ARGS    passed on: make compare ARGS="force=true", make test ARGS="-k gate"
+PYTHON ?= python3
+VENV := .venv
+TORCH ?= $(or $(shell cat $(VENV)/torch-build 2>/dev/null),cpu)
+ARGS ?=
+
+STAMP := $(VENV)/ready-$(TORCH)
+SOURCES := $(wildcard moe baselines methods experiments analysis slurm tests)
+
+.DEFAULT_GOAL := help
+.PHONY: help venv compare test lint format lock clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+$(STAMP): requirements/lock.txt requirements/install.sh
+	@bash requirements/install.sh "$(PYTHON)" "$(VENV)" "$(TORCH)"
+	@touch $@
+
+venv: $(STAMP) ## build .venv from the lock (TORCH=cpu or TORCH=cuda, PYTHON=python3)
+
+compare: $(STAMP) ## compare the systems on this machine: table and figures in outputs/compare
+	$(VENV)/bin/python -m experiments.compare $(ARGS)
+
+test: $(STAMP) ## run the whole test suite
+	$(VENV)/bin/python -m pytest -q $(ARGS)
+
+lint: $(STAMP) ## ruff and mypy
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy $(SOURCES)
+
+format: $(STAMP) ## let ruff format and sort the imports
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+lock: $(STAMP) ## write requirements/lock.txt anew from pyproject.toml (ARGS=--upgrade for newer versions)
+	bash requirements/lock.sh $(VENV)/bin/uv $(ARGS)
+
+clean: ## remove .venv and the tools' caches; outputs/ and .cache/ stay
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info
+	find $(SOURCES) -type d -name __pycache__ -prune -exec rm -rf {} +
