@@ -1,13 +1,14 @@
 """Counts the bytes that cross each cluster level, for upstream packages and native code alike.
 
 The meter stands in front of the functions of `torch.distributed`, which upstream packages look up at every call. Token
-traffic (all-to-all, point-to-point) is counted exactly, from the split sizes. Reductions, gathers and broadcasts have no
-single byte count: they are counted as a ring moves them, each rank sending to the next rank of the group.
+traffic (all-to-all, point-to-point) is counted exactly, from the split sizes. Reductions, gathers and broadcasts have
+no single byte count: they are counted as a ring moves them, each rank sending to the next rank of the group.
 """
 
 from __future__ import annotations
 
 import inspect
+import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -39,6 +40,7 @@ class LinkMeter:
         self.cluster = cluster
         self.rank = rank
         self.sent: dict[tuple[int, str], int] = defaultdict(int)
+        self._inside = threading.local()
         self._levels_of: dict[tuple[int, ...], list[int]] = {}
         self._group_ranks: dict[int, tuple[dist.ProcessGroup | None, list[int]]] = {}
 
@@ -70,8 +72,14 @@ class LinkMeter:
 
         @wraps(function)
         def counted(*args: Any, **kwargs: Any) -> Any:
+            if getattr(self._inside, "a_call", False):  # torch writes send with isend
+                return function(*args, **kwargs)
             count(self, signature.bind(*args, **kwargs).arguments)
-            return function(*args, **kwargs)
+            self._inside.a_call = True
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self._inside.a_call = False
 
         return counted
 
