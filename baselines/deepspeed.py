@@ -2,6 +2,8 @@
 
 Its gate runs without sampling (no second-expert noise, no random token selection), so that it is the same function as
 the others'. Without a capacity factor nothing drops: upstream then pads every expert to the fullest one of any rank.
+With one, it drops as many copies as the others, not always the same ones: for K = 2 the last in the queue (the suite's
+rule), for K > 2 the least probable, for K = 1 whichever `torch.topk` finds last among equals.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ class Options(BaseModel):
 
     Args:
         min_capacity: fewest slots of an expert when a capacity factor is set.
-        use_rts: random instead of first-come token selection where K = 1 drops.
+        use_rts: where K = 1 drops, drop at random.
         use_tutel: upstream's Tutel kernels, K = 1 only; needs the package.
     """
 
@@ -72,7 +74,8 @@ class DeepSpeedLayer(MoELayer):
         spec = self.spec
         if spec.capacity_factor is None:
             return torch.zeros_like(counts_E[0])
-        capacity = math.ceil(num_tokens / spec.num_experts * spec.capacity_factor * spec.top_k)
+        # Upstream's `_capacity`, in float32 as there.
+        capacity = math.ceil(num_tokens / spec.num_experts * torch.tensor(spec.capacity_factor * spec.top_k))
         return (counts_E - max(capacity, self.min_capacity)).clamp_min(0).sum()
 
     @property
@@ -125,7 +128,7 @@ def _import_upstream(device: torch.device) -> Any:
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     if not deepspeed.comm.is_initialized():
-        # Its shared-memory all-reduce would be compiled at first use (a minute, a compiler); an MoE layer never calls it.
+        # Its shared-memory all-reduce would be compiled at first use (a minute, a compiler); no MoE layer calls it.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         with contextlib.redirect_stdout(io.StringIO()):
             deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False)

@@ -7,7 +7,6 @@ upstream layer the masks it wants. `gate: upstream` runs theirs.
 
 from __future__ import annotations
 
-import math
 from importlib.util import find_spec
 from typing import Literal
 
@@ -17,7 +16,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from moe.experts import ExpertFFN
-from moe.gate import TopKGate, within_capacity
+from moe.gate import TopKGate, queue_positions
 from moe.mesh import Mesh
 from moe.system import ExpertView, LayerSpec, MoELayer, MoEOutput, System
 from moe.topology import Cluster
@@ -43,33 +42,66 @@ class MaskGate(nn.Module):
         self.group = mesh.ep_group
         self.gate = TopKGate(spec, mesh.device)
 
+    @property
+    def weight(self) -> nn.Parameter:
+        """[E, M]."""
+        return self.gate.weight
+
     def forward(self, x_TM: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Returns the balance loss, combine weights [T, E, C] and dispatch mask [T, E, C]; C is equal on all ranks."""
-        spec = self.spec
-        self.routing = routing = self.gate(x_TM)
-        capacity = self._capacity(len(x_TM))
-        slot_TK = _slots(routing.expert_ids_TK, spec.num_experts)
+        routing = self.gate(x_TM)
+        capacity = self._capacity(len(x_TM), routing.counts_E)
+        slot_TK = queue_positions(routing.expert_ids_TK, self.spec.num_experts)
         kept_TK = slot_TK < capacity
-        combine_TEC = x_TM.new_zeros(len(x_TM), spec.num_experts, capacity)
+        self.expert_ids_TK, self.num_dropped = routing.expert_ids_TK, (~kept_TK).sum()
+        combine_TEC = x_TM.new_zeros(len(x_TM), self.spec.num_experts, capacity)
         token_TK = torch.arange(len(x_TM), device=x_TM.device).unsqueeze(1).expand_as(slot_TK)
         index = (token_TK[kept_TK], routing.expert_ids_TK[kept_TK], slot_TK[kept_TK])
-        mask_TEC = torch.zeros_like(combine_TEC, dtype=torch.bool).index_put(index, torch.tensor(True, device=x_TM.device))
+        true = torch.ones((), dtype=torch.bool, device=x_TM.device)
+        mask_TEC = torch.zeros_like(combine_TEC, dtype=torch.bool).index_put(index, true)
         return routing.aux_loss, combine_TEC.index_put(index, routing.weights_TK[kept_TK].to(x_TM.dtype)), mask_TEC
 
-    def _capacity(self, num_tokens: int) -> int:
-        spec = self.spec
-        if spec.capacity_factor is not None:
-            return math.ceil(spec.capacity_factor * spec.top_k * num_tokens / spec.num_experts)
-        fullest = self.routing.counts_E.max()
+    def _capacity(self, num_tokens: int, counts_E: Tensor) -> int:
+        if self.spec.capacity_factor is not None:
+            return self.spec.capacity(num_tokens)
+        fullest = counts_E.max()
         dist.all_reduce(fullest, op=dist.ReduceOp.MAX, group=self.group)
         return int(fullest)
 
 
-def _slots(expert_ids_TK: Tensor, num_experts: int) -> Tensor:
-    """Position of every copy in its expert's queue, first choices first; [T, K] int64."""
-    by_choice = nn.functional.one_hot(expert_ids_TK.t().flatten(), num_experts)
-    position = (by_choice.cumsum(0) * by_choice).sum(1) - 1
-    return position.view(expert_ids_TK.shape[1], -1).t()
+class UpstreamGate(nn.Module):
+    """Upstream's Top2Gate, and what it chose: upstream samples the second choice and does not tell it."""
+
+    def __init__(self, spec: LayerSpec, mesh: Mesh) -> None:
+        super().__init__()
+        from fairscale.nn.moe import Top2Gate
+
+        self.gate = Top2Gate(spec.model_dim, spec.num_experts).to(mesh.device)
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """[E, M]."""
+        return self.gate.wg.weight
+
+    def forward(self, x_TM: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What Top2Gate returns, its loss scaled like the suite's. T must be a multiple of E, as upstream asserts."""
+        self._foresee(x_TM)
+        aux_loss, combine_TEC, mask_TEC = self.gate(x_TM)
+        return aux_loss * mask_TEC.shape[1] ** 2, combine_TEC, mask_TEC
+
+    @torch.no_grad()
+    def _foresee(self, x_TM: Tensor) -> None:
+        from fairscale.nn.moe.top2gate import gumbel_rsample
+
+        logits_TE = self.gate.wg(x_TM)
+        with torch.random.fork_rng([x_TM.device] if x_TM.is_cuda else []):  # upstream will draw the same noise again
+            noisy_TE = logits_TE + gumbel_rsample(logits_TE.shape, x_TM.device)
+        first_T1 = logits_TE.softmax(1).argmax(1, keepdim=True)
+        second_T1 = noisy_TE.scatter(1, first_T1, -torch.inf).argmax(1, keepdim=True)
+        self.expert_ids_TK = torch.cat([first_T1, second_T1], dim=1)
+        num_experts = logits_TE.shape[1]
+        slot_TK = queue_positions(self.expert_ids_TK, num_experts)
+        self.num_dropped = (slot_TK >= 2 * len(x_TM) // num_experts).sum()
 
 
 class FairscaleLayer(MoELayer):
@@ -77,10 +109,9 @@ class FairscaleLayer(MoELayer):
 
     def __init__(self, spec: LayerSpec, mesh: Mesh, options: Options) -> None:
         super().__init__(spec, mesh)
-        from fairscale.nn.moe import MOELayer, Top2Gate
+        from fairscale.nn.moe import MOELayer
 
-        self.own_gate = options.gate == "suite"
-        gate = MaskGate(spec, mesh) if self.own_gate else Top2Gate(spec.model_dim, spec.num_experts).to(mesh.device)
+        gate = MaskGate(spec, mesh) if options.gate == "suite" else UpstreamGate(spec, mesh)
         experts = [ExpertFFN(spec, mesh.device) for _ in mesh.local_experts(spec.num_experts)]
         self.upstream = MOELayer(gate, nn.ModuleList(experts), mesh.ep_group)
 
@@ -88,23 +119,15 @@ class FairscaleLayer(MoELayer):
         """Route this rank's tokens [T, M]; T a multiple of this rank's experts, as upstream asserts."""
         num_local = len(self.upstream.experts)
         y_TM = self.upstream(x_TM.view(num_local, -1, x_TM.shape[1])).view_as(x_TM)
-        if self.own_gate:
-            routing = self.upstream.gate.routing
-            dropped = torch.zeros_like(routing.counts_E[0]) if routing.kept_TK is None else (~routing.kept_TK).sum()
-            return MoEOutput(y_TM, self.upstream.l_aux, routing.counts_E, dropped, routing.expert_ids_TK)
-        return MoEOutput(y_TM, self.upstream.l_aux * self.spec.num_experts**2, *self._upstream_counts(x_TM), None)
-
-    @torch.no_grad()
-    def _upstream_counts(self, x_TM: Tensor) -> tuple[Tensor, Tensor]:
-        # Upstream does not tell its choices. Without the sampling of the second one they are the two best.
-        ids_TK = (x_TM.float() @ self.gate_weight.t()).topk(2, dim=1).indices
-        kept_TK = within_capacity(ids_TK, self.spec.num_experts, 2 * len(x_TM) // self.spec.num_experts)
-        return torch.bincount(ids_TK.flatten(), minlength=self.spec.num_experts), (~kept_TK).sum()
+        gate = self.upstream.gate
+        ids_TK = gate.expert_ids_TK
+        counts_E = torch.bincount(ids_TK.flatten(), minlength=self.spec.num_experts)
+        return MoEOutput(y_TM, self.upstream.l_aux, counts_E, gate.num_dropped, ids_TK)
 
     @property
     def gate_weight(self) -> nn.Parameter:
         """[E, M]."""
-        return self.upstream.gate.gate.weight if self.own_gate else self.upstream.gate.wg.weight
+        return self.upstream.gate.weight
 
     def expert_views(self) -> list[ExpertView]:
         """Upstream's list of local experts, in global order."""

@@ -5,7 +5,6 @@ Dimensions: T tokens, M model, E experts, K choices.
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -60,12 +59,12 @@ def combine_weights(probs_TE: Tensor, expert_ids_TK: Tensor, kept_TK: Tensor | N
     return chosen_TK / chosen_TK.sum(1, keepdim=True).clamp_min(torch.finfo(chosen_TK.dtype).eps)
 
 
-def within_capacity(expert_ids_TK: Tensor, num_experts: int, capacity: int) -> Tensor:
-    """The suite's drop rule: an expert keeps the first `capacity` copies of this rank, all first choices before any
-    second one, tokens in order (GShard, algorithm 1).
+def queue_positions(expert_ids_TK: Tensor, num_experts: int) -> Tensor:
+    """Position of every copy in its expert's queue: all first choices before any second one, tokens in order (GShard,
+    algorithm 1). The suite's drop rule keeps the copies whose position is below the capacity.
 
     Returns:
-        [T, K] bool, True where the copy is kept.
+        [T, K] int64, from 0 for each expert.
     """
     by_choice = expert_ids_TK.t().flatten()  # [K * T], first choices first
     order = torch.argsort(by_choice, stable=True)
@@ -73,7 +72,7 @@ def within_capacity(expert_ids_TK: Tensor, num_experts: int, capacity: int) -> T
     starts_E = counts_E.cumsum(0) - counts_E
     position = torch.empty_like(order)
     position[order] = torch.arange(len(order), device=order.device) - starts_E[by_choice[order]]
-    return (position < capacity).view(expert_ids_TK.shape[1], -1).t()
+    return position.view(expert_ids_TK.shape[1], -1).t()
 
 
 class TopKGate(nn.Module):
@@ -97,8 +96,7 @@ class TopKGate(nn.Module):
         expert_ids_TK = probs_TE.topk(spec.top_k, dim=1).indices
         kept_TK = None
         if spec.capacity_factor is not None:
-            capacity = math.ceil(spec.capacity_factor * spec.top_k * len(x_TM) / spec.num_experts)
-            kept_TK = within_capacity(expert_ids_TK, spec.num_experts, capacity)
+            kept_TK = queue_positions(expert_ids_TK, spec.num_experts) < spec.capacity(len(x_TM))
         return Routing(
             expert_ids_TK,
             combine_weights(probs_TE, expert_ids_TK, kept_TK),

@@ -11,6 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import ceil
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -34,7 +35,7 @@ class LayerSpec:
         num_experts: E, over all ranks.
         top_k: K, experts a token is sent to.
         activation: `gelu` (two matrices) or `swiglu` (three, Shazeer 2020).
-        capacity_factor: None drops nothing; c keeps at most ceil(c * K * T / E) copies per source rank and expert.
+        capacity_factor: None drops nothing; c keeps at most `capacity(T)` copies per source rank and expert.
         dtype: of the tokens and the experts' arithmetic; the gate computes in float32.
         seed, layer_index: weights are a function of (seed, layer_index, global expert id), never of the rank.
     """
@@ -54,6 +55,16 @@ class LayerSpec:
         """Canonical matrices of one expert: y = act(x w1) w2, or (silu(x w1) * (x w3)) w2 with `swiglu`."""
         shapes = {"w1": (self.model_dim, self.hidden_dim), "w2": (self.hidden_dim, self.model_dim)}
         return shapes | {"w3": (self.model_dim, self.hidden_dim)} if self.activation == "swiglu" else shapes
+
+    def capacity(self, num_tokens: int) -> int:
+        """Most copies that an expert takes from one rank, ceil(c * K * T / E) with c the capacity factor (not None).
+
+        Args:
+            num_tokens: T, of that rank.
+        """
+        assert self.capacity_factor is not None
+        # Rounded first, so that 1.1 * 2 * 400 / 8 = 110.00000000000001 is 110.
+        return ceil(round(self.capacity_factor * self.top_k * num_tokens / self.num_experts, 6))
 
 
 class MoEOutput(NamedTuple):
@@ -151,7 +162,7 @@ class System(ABC):
     Options: ClassVar[type[BaseModel]] = NoOptions
 
     def __init__(self, options: BaseModel | dict[str, Any] | None = None) -> None:
-        self.options = options if isinstance(options, BaseModel) else self.Options.model_validate(options or {})
+        self.options: Any = options if isinstance(options, BaseModel) else self.Options.model_validate(options or {})
 
     def refusals(self, spec: LayerSpec, cluster: Cluster) -> list[str]:
         """Plain sentences that say why this combination can't run; empty when it can."""
