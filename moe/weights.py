@@ -10,11 +10,22 @@ from torch import Tensor
 from moe.system import LayerSpec, MoELayer
 
 
+def seeded_generator(key: tuple[object, ...], device: torch.device | str = "cpu") -> torch.Generator:
+    """A generator whose numbers depend on `key` alone (and on the kind of device).
+
+    Args:
+        key: what the numbers are for; hashed, so any printable parts do.
+        device: where they are drawn.
+    """
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
+    return torch.Generator(device=device).manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
 def seeded_normal(key: tuple[object, ...], shape: tuple[int, ...], std: float, device: torch.device | str) -> Tensor:
     """Normal numbers that depend on `key` alone (and on the kind of device).
 
     Args:
-        key: what the numbers belong to, e.g. (seed, "layer", 3, "expert", 7, "w1"); hashed, so any printable parts do.
+        key: what the numbers belong to, e.g. (seed, "layer", 3, "expert", 7, "w1").
         shape: of the result.
         std: standard deviation.
         device: where they are drawn.
@@ -22,9 +33,7 @@ def seeded_normal(key: tuple[object, ...], shape: tuple[int, ...], std: float, d
     Returns:
         float32 tensor of `shape` on `device`.
     """
-    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
-    generator = torch.Generator(device=device).manual_seed(int.from_bytes(digest, "little") >> 1)
-    return torch.empty(shape, device=device).normal_(0.0, std, generator=generator)
+    return torch.empty(shape, device=device).normal_(0.0, std, generator=seeded_generator(key, device))
 
 
 def gate_matrix(spec: LayerSpec, device: torch.device | str) -> Tensor:
