@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
@@ -30,6 +32,10 @@ class DenseExperts(nn.Module):
             y_TM = y_TM + weight_T.unsqueeze(1).to(x_TM.dtype) * expert(x_TM)
         return y_TM
 
+    def views(self) -> list[ExpertView]:
+        """Canonical views of every expert's matrices."""
+        return [view for expert, module in enumerate(self.experts) for view in cast(ExpertFFN, module).views(expert)]
+
 
 class ReferenceLayer(MoELayer):
     """Gate, then all experts on all tokens of this rank."""
@@ -54,7 +60,7 @@ class ReferenceLayer(MoELayer):
 
     def expert_views(self) -> list[ExpertView]:
         """Every expert, on every rank."""
-        return [view for expert, module in enumerate(self.dense.experts) for view in module.views(expert)]
+        return self.dense.views()
 
     def stage_modules(self) -> tuple[nn.Module, ...]:
         """Gate and the dense experts."""

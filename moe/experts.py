@@ -5,6 +5,8 @@ Dimensions: R rows, M model, H hidden, L experts of this rank. No biases (Mixtra
 
 from __future__ import annotations
 
+from operator import itemgetter
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -80,7 +82,7 @@ class GroupedExperts(nn.Module):
     def views(self) -> list[ExpertView]:
         """Canonical views, one per expert and matrix."""
         return [
-            ExpertView(expert, name, parameter, lambda tensor, slot=slot: tensor[slot])
+            ExpertView(expert, name, parameter, itemgetter(slot))
             for slot, expert in enumerate(self.experts)
             for name, parameter in self.named_parameters()
         ]

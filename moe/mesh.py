@@ -49,6 +49,7 @@ class Mesh:
 
     def local_experts(self, num_experts: int) -> range:
         """Global ids of the experts of this rank under the contiguous placement: E / ep_size of them."""
+        assert num_experts % self.ep_size == 0, f"{num_experts} experts can't be spread over {self.ep_size} ranks"
         per_rank = num_experts // self.ep_size
         return range(self.ep_rank * per_rank, (self.ep_rank + 1) * per_rank)
 

@@ -74,7 +74,9 @@ class Cluster:
         return [list(range(start, start + size)) for start in range(0, self.world_size, size)]
 
 
-def cluster_of(fanouts: Sequence[int], names: Sequence[str] = ("node", "network", "rack", "site"), name: str = "ad_hoc") -> Cluster:
+def cluster_of(
+    fanouts: Sequence[int], names: Sequence[str] = ("node", "network", "rack", "site"), name: str = "ad_hoc"
+) -> Cluster:
     """A cluster from fan-outs, innermost first: `cluster_of([2, 2])` is two nodes of two ranks.
 
     Args:
