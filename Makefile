@@ -28,10 +28,11 @@ compare: $(STAMP) ## compare the systems on this machine: table and figures in o
 test: $(STAMP) ## run the whole test suite
 	$(VENV)/bin/python -m pytest -q $(ARGS)
 
-lint: $(STAMP) ## ruff and mypy
-	$(VENV)/bin/ruff check .
-	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/mypy $(SOURCES)
+lint: $(STAMP) ## ruff and mypy, all of them even if one complains
+	@failed=; for tool in "ruff check" "ruff format --check"; do \
+		echo "$$tool ."; $(VENV)/bin/$$tool . || failed=1; done; \
+	echo "mypy $(SOURCES)"; $(VENV)/bin/mypy $(SOURCES) || failed=1; \
+	test -z "$$failed"
 
 format: $(STAMP) ## let ruff format and sort the imports
 	$(VENV)/bin/ruff check --fix .

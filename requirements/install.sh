@@ -34,7 +34,7 @@ rm -rf "$venv"
 
 export PIP_DISABLE_PIP_VERSION_CHECK=1
 export DS_BUILD_OPS=0 # DeepSpeed compiles its extensions when they are first used, not here
-pip() { "$venv/bin/python" -m pip --quiet "$@"; }
+pip() { "$venv/bin/python" -m pip -qq "$@"; }
 uv_install() { "$venv/bin/uv" pip install --python "$venv/bin/python" "$@"; }
 
 pip install --no-deps "uv==$(pinned uv)"
@@ -55,7 +55,7 @@ else
         ! uv_install --no-deps --torch-backend=cpu "torch==$torch" >> "$log" 2>&1; then
         cat "$log" >&2
         die "no CPU build of torch $torch: neither pip nor uv found one (their messages are above)." \
-            "Check the network, or take the larger default build, which runs on a CPU too: make TORCH=cuda"
+            "Check the network, or take the larger default build, which runs on a CPU too: make venv TORCH=cuda"
     fi
 fi
 

@@ -24,7 +24,7 @@ def requirements_of(lines: Iterable[str]) -> dict[str, Requirement]:
     """Requirements by normalised name, from lines of a requirements file; without comments and options."""
     texts = [line.split(" #")[0].strip() for line in lines]
     found = [Requirement(text) for text in texts if text and not text.startswith(("#", "-"))]
-    by_name = {canonicalize_name(requirement.name): requirement for requirement in found}
+    by_name: dict[str, Requirement] = {canonicalize_name(requirement.name): requirement for requirement in found}
     assert len(by_name) == len(found), "a package is named twice"
     return by_name
 
@@ -148,7 +148,7 @@ def test_environment_has_an_allowed_python(pyproject: dict, environment: dict) -
 
 
 def test_installed_versions_are_the_locked_ones(lock: dict[str, Requirement]) -> None:
-    installed = {canonicalize_name(item.metadata["Name"]): item.version for item in metadata.distributions()}
+    installed = {str(canonicalize_name(item.name)): item.version for item in metadata.distributions()}
     assert not_as_locked(installed, lock) == []
 
 
