@@ -1,0 +1,243 @@
+"""How large a model is, counted from its config before anything is allocated, and whether a rank can hold it.
+
+Symbols: M model_dim, V vocabulary, N heads, G key-value heads, D head_dim, F dense hidden, H expert hidden, E experts,
+K choices a token, m matrices of a feed-forward network (2 with GELU, 3 with SwiGLU). There are no biases.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+
+from experiments.cluster_config import ClusterConfig, gpus_suffice
+from experiments.schemas import ModelConfig, TrainerConfig
+from moe.errors import ConfigError, Problem
+
+FLOAT32_BYTES, BFLOAT16_BYTES = 4, 2
+
+
+@dataclass(frozen=True)
+class ParameterCount:
+    """Parameters of a model by part, over all layers.
+
+    Args:
+        embedding: token embedding, V M, and the head, another V M unless tied.
+        attention: M N D + 2 M G D + N D M a block.
+        norms: M for each of two norms a block, and M for the last one.
+        gates: M E an MoE block.
+        dense: m M F a block without experts.
+        experts: E m M H an MoE block.
+        active_experts: K m M H an MoE block.
+    """
+
+    embedding: int
+    attention: int
+    norms: int
+    gates: int
+    dense: int
+    experts: int
+    active_experts: int
+
+    @property
+    def shared(self) -> int:
+        """All but the experts: what every rank holds."""
+        return self.embedding + self.attention + self.norms + self.gates + self.dense
+
+    @property
+    def total(self) -> int:
+        """All parameters."""
+        return self.shared + self.experts
+
+    @property
+    def active(self) -> int:
+        """Parameters that one token meets, the embedding counted whole (as Mixtral's 12.9 billion are)."""
+        return self.shared + self.active_experts
+
+    def per_rank(self, expert_ranks: int) -> int:
+        """Parameters of one rank when the experts are spread over `expert_ranks` ranks."""
+        return self.shared + self.experts // expert_ranks
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes that one rank needs for training.
+
+    Args:
+        weights: float32 masters, and a bf16 copy where the arithmetic is bf16.
+        gradients: float32.
+        optimizer: AdamW's two moments, float32.
+        activations: what the forward pass keeps for the backward one (`activation_bytes`).
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.weights + self.gradients + self.optimizer + self.activations
+
+
+def num_moe_layers(model: ModelConfig) -> int:
+    """Blocks that hold experts: every `moe_every`-th."""
+    return model.num_layers // model.moe_every
+
+
+def count_parameters(model: ModelConfig) -> ParameterCount:
+    """Parameters of the GPT of `experiments.model`."""
+    head_dim, kv_heads = _head_dim(model), model.num_kv_heads or model.num_heads
+    matrices = _matrices(model)
+    num_moe = num_moe_layers(model)
+    expert = matrices * model.model_dim * model.hidden_dim
+    return ParameterCount(
+        embedding=model.vocab_size * model.model_dim * (1 if model.tie_embeddings else 2),
+        attention=model.num_layers * 2 * model.model_dim * head_dim * (model.num_heads + kv_heads),
+        norms=(2 * model.num_layers + 1) * model.model_dim,
+        gates=num_moe * model.model_dim * model.num_experts,
+        dense=(model.num_layers - num_moe) * matrices * model.model_dim * model.dense_hidden_dim,
+        experts=num_moe * model.num_experts * expert,
+        active_experts=num_moe * model.top_k * expert,
+    )
+
+
+def activation_bytes(model: ModelConfig, tokens: int, element_bytes: int) -> int:
+    """Estimate of what one rank keeps of `tokens` tokens between forward and backward.
+
+    Elements a token and block: attention keeps both norms' inputs and outputs (4 M), queries, keys and values before
+    and after the rotation and the mixed values (3 N D + 4 G D; flash attention keeps no score matrix). A dense block
+    keeps (m + 1) F, an MoE block K copies of (dispatched and returned rows on either side of the exchange, 4 M, and
+    (m + 1) H) plus its logits and probabilities, 2 E. Once a token: the last norm, 2 M, and float32 logits with their
+    log-softmax and its gradient, 3 V. Imbalance of the routing and the allocator's waste are not in it.
+
+    Args:
+        model: shapes.
+        tokens: of one rank in one step.
+        element_bytes: 2 for bf16, 4 for fp32.
+    """
+    head_dim, kv_heads = _head_dim(model), model.num_kv_heads or model.num_heads
+    kept = _matrices(model) + 1
+    attention = 4 * model.model_dim + head_dim * (3 * model.num_heads + 4 * kv_heads)
+    moe = model.top_k * (4 * model.model_dim + kept * model.hidden_dim) + 2 * model.num_experts
+    num_moe = num_moe_layers(model)
+    dense_blocks = (model.num_layers - num_moe) * kept * model.dense_hidden_dim
+    elements = model.num_layers * attention + dense_blocks + num_moe * moe + 2 * model.model_dim
+    return tokens * (elements * element_bytes + 3 * model.vocab_size * FLOAT32_BYTES)
+
+
+def estimate_memory(
+    model: ModelConfig, trainer: TrainerConfig, world_size: int, expert_ranks: int | None = None
+) -> MemoryEstimate:
+    """Bytes of one rank.
+
+    Args:
+        model: shapes.
+        trainer: its batch and its precision (`auto` counts as fp32).
+        world_size: ranks; the batch is spread over them.
+        expert_ranks: ranks that the experts are spread over; None is all, 1 means that every rank holds all experts.
+    """
+    parameters = count_parameters(model).per_rank(expert_ranks or world_size)
+    copies = BFLOAT16_BYTES if trainer.precision == "bf16" else 0
+    element_bytes = copies or FLOAT32_BYTES
+    tokens = -(-trainer.global_batch_size // world_size) * model.seq_len
+    return MemoryEstimate(
+        weights=parameters * (FLOAT32_BYTES + copies),
+        gradients=parameters * FLOAT32_BYTES,
+        optimizer=parameters * 2 * FLOAT32_BYTES,
+        activations=activation_bytes(model, tokens, element_bytes),
+    )
+
+
+def available_bytes(cluster: ClusterConfig) -> int:
+    """Bytes that one rank of a resolved cluster can have here now.
+
+    On CUDA, the free memory of the current GPU. On a CPU, what the machine (or its control group) has left, shared by
+    the ranks on it: all of them if the suite spawns them, else those of a node.
+    """
+    if cluster.device == "cuda" or (cluster.device == "auto" and gpus_suffice(cluster.world_size)):
+        return torch.cuda.mem_get_info()[0]
+    here = [psutil.virtual_memory().available, *_control_group_bytes()]
+    ranks = cluster.levels[0].fanout if cluster.launch == "join" and cluster.levels else cluster.world_size
+    return min(here) // ranks
+
+
+def check_fits(
+    model: ModelConfig,
+    trainer: TrainerConfig,
+    cluster: ClusterConfig,
+    available: int,
+    expert_ranks: int | None = None,
+) -> MemoryEstimate:
+    """The estimate, if one rank can hold it.
+
+    Args:
+        model, trainer, cluster: of the run.
+        available: bytes of one rank, from `available_bytes`.
+        expert_ranks: see `estimate_memory`.
+
+    Raises:
+        ConfigError: it can't; the message holds the estimate.
+    """
+    estimate = estimate_memory(model, trainer, cluster.world_size, expert_ranks)
+    if estimate.total > available:
+        rule = (
+            f"needs about {_gib(estimate.total)} a rank ({_breakdown(estimate)}) on {cluster.world_size} ranks of cluster "
+            f"{cluster.name}, and a rank has {_gib(available)}"
+        )
+        fix = "choose a smaller model or batch, or a cluster of more ranks (model=tiny fits a laptop)"
+        raise ConfigError(Problem("model", model.name, rule, fix))
+    return estimate
+
+
+def describe(
+    model: ModelConfig, trainer: TrainerConfig, cluster: ClusterConfig, expert_ranks: int | None = None
+) -> str:
+    """Two lines to print before anything is allocated: the parameters, and the memory of one rank."""
+    count = count_parameters(model)
+    estimate = estimate_memory(model, trainer, cluster.world_size, expert_ranks)
+    rank_parameters = count.per_rank(expert_ranks or cluster.world_size)
+    return (
+        f"model {model.name}: {_number(count.total)} parameters, {_number(count.active)} active for a token "
+        f"({num_moe_layers(model)} MoE layers of {model.num_experts} experts, top {model.top_k})\n"
+        f"one of {cluster.world_size} ranks: {_number(rank_parameters)} parameters, about {_gib(estimate.total)} "
+        f"({_breakdown(estimate)})"
+    )
+
+
+def _head_dim(model: ModelConfig) -> int:
+    return model.head_dim or model.model_dim // model.num_heads
+
+
+def _matrices(model: ModelConfig) -> int:
+    return 3 if model.activation == "swiglu" else 2
+
+
+def _control_group_bytes() -> list[int]:
+    """What the control group of this process leaves it, where one limits it."""
+    for limit, usage in (
+        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ):
+        if Path(limit).exists() and Path(usage).exists() and Path(limit).read_text().strip().isdigit():
+            return [max(0, int(Path(limit).read_text()) - int(Path(usage).read_text()))]
+    return []
+
+
+def _breakdown(estimate: MemoryEstimate) -> str:
+    parts = ("weights", "gradients", "optimizer", "activations")
+    return ", ".join(f"{part} {_gib(getattr(estimate, part))}" for part in parts)
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**27 else f"{num_bytes / 2**20:.1f} MiB"
+
+
+def _number(count: int) -> str:
+    for size, unit in ((10**9, "billion"), (10**6, "million")):
+        if count >= size:
+            return f"{count / size:.2f} {unit}"
+    return str(count)
