@@ -172,5 +172,5 @@ class AllToAllDispatcher:
         copies_SM = all_to_all_v(rows_RM, plan.send_rows, plan.receive_rows, self.group)
         copies = _Collapse.apply(copies_SM, plan.order, plan.inverse)
         num_tokens, top_k = weights_TK.shape
-        weighted = copies.view(num_tokens, top_k, -1) * weights_TK.unsqueeze(-1).to(copies.dtype)
+        weighted = copies.view(num_tokens, top_k, copies.shape[1]) * weights_TK.unsqueeze(-1).to(copies.dtype)
         return weighted.sum(1)

@@ -84,5 +84,6 @@ def cluster_of(
         names: names of these levels; at least as many.
         name: name of the cluster.
     """
+    assert len(names) >= len(fanouts), f"{len(fanouts)} levels, {len(names)} names"
     levels = [Level("self", 1)] + [Level(label, fanout) for label, fanout in zip(names, fanouts, strict=False)]
     return Cluster(name, tuple(levels))
