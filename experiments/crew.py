@@ -1,0 +1,174 @@
+"""The spawned ranks of one run: started together, watched together, and ended together."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import IO
+
+from experiments.failures import Report, count_oom_kills, read_reports, silent_death
+from experiments.netns import INTERFACE, Node
+from experiments.ranks import Job
+from experiments.stop import StopRequest
+from experiments.worker import PARENT_PID, STORE_FD
+
+JOB_FILE = "job.json"
+POLL_S = 0.05
+GRACE_S = 3.0  # after the first failure: time for the other ranks to say what they saw
+TERMINATE_S = 5.0  # between SIGTERM and SIGKILL
+NETNS_PORT = 29500  # a fresh namespace: nobody else is there
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+class Crew:
+    """The spawned ranks of one run.
+
+    Args:
+        job: what they do.
+        num_ranks, ranks_per_node: how many.
+        nodes: the network namespaces that they live in, None on plain loopback.
+        gpus: entries of CUDA_VISIBLE_DEVICES, one per rank; empty on the CPU.
+        env: environment variables on top of ours.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        num_ranks: int,
+        ranks_per_node: int,
+        nodes: list[Node] | None,
+        gpus: list[str],
+        env: Mapping[str, str],
+    ) -> None:
+        self.job = job
+        self.logs = Path(job.log_dir)
+        self.num_ranks = num_ranks
+        self.ranks_per_node = ranks_per_node
+        self.nodes = nodes
+        self.gpus = gpus
+        self.env = env
+        self.processes: list[subprocess.Popen[bytes]] = []
+        self.log_starts: list[int] = []
+
+    def start(self) -> None:
+        """Start every rank; the ranks of plain loopback meet on a socket that we open, so no port can be lost."""
+        self.job.save(self.logs / JOB_FILE)
+        listener = socket.create_server(("127.0.0.1", 0)) if self.nodes is None else None
+        # Blocked across the start, so that Ctrl-C can't hit a worker before it ignores SIGINT itself.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            for rank in range(self.num_ranks):
+                self._start_rank(rank, listener)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            if listener is not None:
+                listener.close()
+
+    def _start_rank(self, rank: int, listener: socket.socket | None) -> None:
+        command = [sys.executable, "-m", "experiments.worker", self.job.target, str(self.logs / JOB_FILE)]
+        variables = self._variables(rank)
+        descriptors: list[int] = []
+        if self.nodes is not None:
+            command = ["ip", "netns", "exec", self.nodes[rank // self.ranks_per_node].namespace, *command]
+        if listener is not None:
+            variables["MASTER_PORT"] = str(listener.getsockname()[1])
+            if rank == 0:
+                descriptors = [listener.fileno()]
+                variables[STORE_FD] = str(listener.fileno())
+        path = self.logs / f"rank{rank}.log"
+        self.log_starts.append(path.stat().st_size if path.exists() else 0)
+        with path.open("ab") as log:
+            log.write(f"--- rank {rank} of {self.num_ranks}, {datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC\n".encode())
+            log.flush()
+            output: IO[bytes] | None = None if rank == 0 else log
+            self.processes.append(
+                subprocess.Popen(
+                    command, env=variables, stdin=subprocess.DEVNULL, stdout=output, stderr=log, pass_fds=descriptors
+                )
+            )
+
+    def _variables(self, rank: int) -> dict[str, str]:
+        node, local_rank = divmod(rank, self.ranks_per_node)
+        variables = dict(os.environ)
+        paths = [str(REPOSITORY), *filter(None, [variables.get("PYTHONPATH")])]
+        variables["PYTHONPATH"] = os.pathsep.join(paths)
+        variables["PYTHONUNBUFFERED"] = "1"
+        variables |= {
+            "RANK": str(rank),
+            "WORLD_SIZE": str(self.num_ranks),
+            "LOCAL_RANK": str(local_rank),
+            "LOCAL_WORLD_SIZE": str(self.ranks_per_node),
+            "NODE_RANK": str(node),
+            "MASTER_ADDR": "127.0.0.1" if self.nodes is None else self.nodes[0].address,
+            "MASTER_PORT": str(NETNS_PORT),
+            PARENT_PID: str(os.getpid()),
+        }
+        loopback = next((name for _, name in socket.if_nameindex() if name in ("lo", "lo0")), None)
+        interface = loopback if self.nodes is None else INTERFACE
+        if interface is not None:
+            variables["GLOO_SOCKET_IFNAME"] = interface
+        if self.job.device == "cpu" and self.num_ranks > 1:
+            variables.setdefault("OMP_NUM_THREADS", "1")
+        if self.job.device == "cuda" and self.num_ranks > self.ranks_per_node:
+            # Nodes that are only pretended: each sees its own GPUs, and NCCL takes sockets between them.
+            first = node * self.ranks_per_node
+            variables["CUDA_VISIBLE_DEVICES"] = ",".join(self.gpus[first : first + self.ranks_per_node])
+            variables.setdefault("NCCL_HOSTID", f"node{node}")
+            variables.setdefault("NCCL_SOCKET_IFNAME", interface or "lo")
+        return variables | dict(self.env)
+
+    def watch(self, stop: StopRequest, on_poll: Callable[[], None] | None) -> list[Report]:
+        """Wait for the end of all ranks, and bring it about once one has failed.
+
+        Returns:
+            Reports of the ranks that failed by themselves; empty when all ended well.
+        """
+        oom_kills = count_oom_kills()
+        deaths: dict[int, Report] = {}
+        deadline: float | None = None
+        while None in [process.poll() for process in self.processes]:
+            for rank in self._failed():
+                if rank not in deaths:
+                    deaths[rank] = self._death(rank, oom_kills)
+                    deadline = deadline or time.monotonic() + GRACE_S
+            if stop.urgent or (deadline is not None and time.monotonic() > deadline):
+                failed = self._failed()
+                self.end()
+                break
+            if on_poll is not None:
+                on_poll()
+            time.sleep(POLL_S)
+        else:
+            failed = self._failed()
+        spoken = {report.rank: report for report in read_reports(self.logs, self.num_ranks)}
+        silent = [deaths.get(rank) or self._death(rank, oom_kills) for rank in failed if rank not in spoken]
+        return [*spoken.values(), *silent]
+
+    def _failed(self) -> list[int]:
+        return [rank for rank, process in enumerate(self.processes) if process.returncode not in (None, 0)]
+
+    def _death(self, rank: int, oom_kills: int) -> Report:
+        rise = count_oom_kills() - oom_kills
+        return silent_death(
+            rank, self.processes[rank].returncode, self.logs / f"rank{rank}.log", self.log_starts[rank], rise
+        )
+
+    def end(self) -> None:
+        """End the ranks that still run: SIGTERM, then SIGKILL."""
+        for process in self.processes:
+            if process.poll() is None:
+                process.terminate()
+        deadline = time.monotonic() + TERMINATE_S
+        for process in self.processes:
+            try:
+                process.wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()

@@ -1,0 +1,120 @@
+"""Where a result comes from: code, versions, machine. Nothing in it says whose machine it was."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+LOCK = REPOSITORY / "requirements" / "lock.txt"
+PACKAGES = (
+    "torch",
+    "lightning",
+    "hydra-core",
+    "omegaconf",
+    "pydantic",
+    "numpy",
+    "pyarrow",
+    "tokenizers",
+    "datasets",
+    "deepspeed",
+    "fairscale",
+    "tutel",
+    "fastmoe",
+    "megatron-core",
+    "triton",
+    "nvidia-nccl-cu12",
+    "nvidia-nccl-cu13",
+)
+
+
+def manifest(
+    run_id: str, seed: int, cluster: Mapping[str, Any], started: str, ended: str | None = None
+) -> dict[str, Any]:
+    """What manifest.json holds.
+
+    Args:
+        run_id: of the run.
+        seed: of the run.
+        cluster: the declared cluster (name, levels, emulation) as plain data.
+        started, ended: ISO 8601 times; `ended` is None while the run goes on.
+    """
+    return {"run_id": run_id, "seed": seed, "cluster": dict(cluster), "started": started, "ended": ended, **facts()}
+
+
+def facts() -> dict[str, Any]:
+    """Commit, versions, lock and machine, as plain data."""
+    return {
+        "git": git_state(),
+        "python": platform.python_version(),
+        "versions": versions(),
+        "lock_sha256": lock_sha256(),
+        "hardware": hardware(),
+    }
+
+
+def git_state(folder: Path = REPOSITORY) -> dict[str, Any]:
+    """`commit` of the checkout and whether it is `dirty` (changed or untracked files); both None outside git."""
+    commit = _output("git", "-C", str(folder), "rev-parse", "HEAD")
+    if commit is None:
+        return {"commit": None, "dirty": None}
+    changes = _output("git", "-C", str(folder), "status", "--porcelain")
+    return {"commit": commit, "dirty": None if changes is None else changes != ""}
+
+
+def versions() -> dict[str, str]:
+    """Versions of those `PACKAGES` that are installed."""
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def lock_sha256(path: Path = LOCK) -> str | None:
+    """Hash of the lock file that the environment was installed from, None without one."""
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else None
+
+
+def hardware() -> dict[str, Any]:
+    """CPU model, usable cores, memory in bytes, GPUs (name, memory and driver as nvidia-smi says), system."""
+    affinity = getattr(os, "sched_getaffinity", None)  # not on macOS
+    return {
+        "system": f"{platform.system()} {platform.machine()}",
+        "cpu": _cpu_model(),
+        "cores": len(affinity(0)) if affinity is not None else os.cpu_count(),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "gpus": _gpus(),
+    }
+
+
+def _cpu_model() -> str:
+    described = Path("/proc/cpuinfo")
+    for line in described.read_text().splitlines() if described.exists() else []:
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _gpus() -> list[str]:
+    # Not through torch: asking it for properties would hold a context, and memory, on every GPU.
+    query = ("nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader")
+    listed = _output(*query) if shutil.which("nvidia-smi") else None
+    return listed.splitlines() if listed else []
+
+
+def _output(*command: str) -> str | None:
+    """What a command prints, None when it is missing or fails."""
+    if shutil.which(command[0]) is None:
+        return None
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.stdout.strip() if done.returncode == 0 else None
