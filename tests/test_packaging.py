@@ -6,6 +6,8 @@ input as well, so that it is known to be able to fail.
 
 from __future__ import annotations
 
+import ast
+import sys
 import tomllib
 from collections.abc import Iterable, Mapping
 from importlib import metadata
@@ -18,6 +20,9 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parents[1]
+
+# Upstream packages that no registry holds: used when somebody has installed them.
+UNREGISTERED = {"fmoe", "megatron", "tutel"}
 
 
 def requirements_of(lines: Iterable[str]) -> dict[str, Requirement]:
@@ -98,6 +103,34 @@ def not_as_locked(installed: Mapping[str, str], lock: Mapping[str, Requirement])
     return problems
 
 
+def imported_names(source: str) -> set[str]:
+    """Top-level names of the absolute imports of a Python source, those inside of functions included."""
+    names = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            names.add(node.module)
+    return {name.split(".")[0] for name in names}
+
+
+def undeclared(
+    imported: Iterable[str], direct: Iterable[Requirement], distributions: Mapping[str, list[str]]
+) -> list[str]:
+    """Third-party imports that pyproject.toml doesn't ask for, so that they are here only by another package's grace.
+
+    Args:
+        imported: top-level names.
+        direct: what pyproject.toml asks for.
+        distributions: names of the packages that provide a top-level name, as `packages_distributions` gives them.
+    """
+    declared = {canonicalize_name(requirement.name) for requirement in direct}
+    providers = {name: {canonicalize_name(item) for item in distributions.get(name, [])} for name in imported}
+    return [
+        f"{name}: imported, but not in pyproject.toml" for name in sorted(providers) if not providers[name] & declared
+    ]
+
+
 def pip_section(environment: Mapping) -> list[str]:
     """Lines of the pip section of a conda environment."""
     return next(item["pip"] for item in environment["dependencies"] if isinstance(item, dict))
@@ -152,6 +185,16 @@ def test_installed_versions_are_the_locked_ones(lock: dict[str, Requirement]) ->
     assert not_as_locked(installed, lock) == []
 
 
+def test_every_import_is_declared(pyproject: dict) -> None:
+    rooms = pyproject["tool"]["setuptools"]["packages"]
+    files = [path for room in (*rooms, "tests") for path in (ROOT / room).rglob("*.py")]
+    imported = set().union(*(imported_names(path.read_text()) for path in files))
+    ours = {*rooms, "tests", *(path.stem for path in (ROOT / "tests").glob("*.py"))}
+    third_party = imported - ours - UNREGISTERED - sys.stdlib_module_names
+    assert "torch" in third_party
+    assert undeclared(third_party, direct_dependencies(pyproject), metadata.packages_distributions()) == []
+
+
 def test_compromised_lightning_releases_are_excluded(pyproject: dict) -> None:
     lightning = next(item for item in direct_dependencies(pyproject) if item.name == "lightning")
     assert not any(lightning.specifier.contains(version) for version in ("2.6.2", "2.6.3"))
@@ -203,6 +246,16 @@ def test_not_as_locked_can_fail() -> None:
     assert not_as_locked({"torch": "2.13.0+cpu", "numpy": "2.4.5"}, lock) == [
         "numpy==2.4.6: installed is 2.4.5; run `make venv`",
         "scipy==1.17.1: installed is None; run `make venv`",
+    ]
+
+
+def test_undeclared_can_fail() -> None:
+    source = "import os.path\ndef later():\n    from yaml.nodes import Node\n    import filelock\nfrom . import x"
+    assert imported_names(source) == {"os", "yaml", "filelock"}
+    distributions = {"yaml": ["PyYAML"], "filelock": ["filelock"]}
+    assert undeclared(["yaml", "filelock", "tutel"], [Requirement("pyyaml>=6.0")], distributions) == [
+        "filelock: imported, but not in pyproject.toml",
+        "tutel: imported, but not in pyproject.toml",
     ]
 
 
