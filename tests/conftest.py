@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
+import pytest
 from hypothesis import settings
 
 # A test that would download something fails instead; set before anything imports the libraries that read them.
@@ -13,3 +15,18 @@ os.environ["HF_DATASETS_OFFLINE"] = "1"
 # Hypothesis' default deadline of 200 ms is a timing assertion; on a busy machine it fails for no reason.
 settings.register_profile("suite", deadline=None, derandomize=True)
 settings.load_profile("suite")
+
+
+@pytest.fixture(scope="session")
+def rank_facts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
+    """What four ranks of two nodes recorded for the tests of moe/, by part and rank; one start for all of them."""
+    from experiments.launch import run_ranks
+
+    return run_ranks(
+        "tests.rank_parts:measure",
+        {},
+        num_ranks=4,
+        ranks_per_node=2,
+        log_dir=tmp_path_factory.mktemp("rank_parts"),
+        timeout_s=60,
+    )
