@@ -78,6 +78,7 @@ class Reference(System):
     name = "reference"
     implementation = "native"
     summary = "dense oracle: all experts on all tokens, no communication"
+    shards_experts = False
 
     def build_layer(self, spec: LayerSpec, mesh: Mesh) -> MoELayer:
         """The dense layer."""

@@ -80,6 +80,9 @@ class TrainerConfig(BaseModel):
     val_batches: int = Field(ge=1, examples=[4])
     checkpoint_every: int = Field(ge=1, examples=[50])
     deterministic: bool
+    resume_from: str | None = Field(
+        default=None, min_length=1, examples=["outputs/RUN_ID"], description="run or checkpoint folder to start from"
+    )
     timeout_s: float = Field(gt=0, allow_inf_nan=False, examples=[600], description="of one collective")
     progress: Literal["auto", "bar", "lines", "none"] = "auto"
 

@@ -58,7 +58,7 @@ class LinkMeter:
     @contextmanager
     def installed(self) -> Iterator[LinkMeter]:
         """Count every collective called through `torch.distributed` inside the block. Not re-entrant."""
-        original = {name: getattr(dist, name) for name in _COUNTERS}
+        original = {name: getattr(dist, name) for name in _COUNTERS if hasattr(dist, name)}
         try:
             for name, function in original.items():
                 _replace(name, self._counting(function, _COUNTERS[name]))
@@ -177,7 +177,9 @@ _COUNTERS: dict[str, Callable[[LinkMeter, dict[str, Any]], None]] = {
     "all_to_all": _all_to_all,
     "all_reduce": _all_reduce,
     "reduce_scatter_tensor": _reduce_scatter,
+    "reduce_scatter_single": _reduce_scatter,
     "all_gather_into_tensor": _gather("input_tensor"),
+    "all_gather_single": _gather("input_tensor"),
     "all_gather": _gather("tensor"),
     "broadcast": _broadcast,
     "send": _send,

@@ -154,12 +154,14 @@ class System(ABC):
         implementation: `upstream` when another project's package computes the layer, `native` when this suite does.
         summary: half a sentence for tables.
         Options: pydantic model of the keys that conf/system/<name>.yaml may carry beside `name`.
+        shards_experts: False when every rank holds all experts, for the estimate of its memory.
     """
 
     name: ClassVar[str]
     implementation: ClassVar[Literal["upstream", "native"]]
     summary: ClassVar[str]
     Options: ClassVar[type[BaseModel]] = NoOptions
+    shards_experts: ClassVar[bool] = True
 
     def __init__(self, options: BaseModel | dict[str, Any] | None = None) -> None:
         self.options: Any = options if isinstance(options, BaseModel) else self.Options.model_validate(options or {})

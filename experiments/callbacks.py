@@ -1,0 +1,263 @@
+"""What watches a training run: metrics of every logged step, validation, checkpoints, the progress line."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from tqdm import tqdm
+
+from experiments.checkpoint import remove_old_checkpoints
+from experiments.config import RunConfig
+from experiments.module import LanguageModel
+from experiments.ranks import RankInfo
+from experiments.results import MetricRow, RunDir
+from moe.mesh import Mesh
+from moe.metering import CLASSES, LinkMeter
+from moe.system import MoEOutput
+
+
+class Recorder(L.Callback):
+    """Collects what each logged step did, over all ranks, in one gather; rank 0 keeps the rows.
+
+    Args:
+        config: of the run.
+        mesh: of the run.
+        info: of this rank; its stop request is agreed on here.
+        meter: installed around the run.
+        run_dir: where rank 0 writes.
+        footer: metadata of the metrics file.
+        start_step: steps done before this start; later rows of an earlier start are forgotten.
+
+    Attributes:
+        stopped: all ranks agreed to stop.
+        harness_s: seconds that recording took since the last logged step.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        mesh: Mesh,
+        info: RankInfo,
+        meter: LinkMeter,
+        run_dir: RunDir,
+        footer: dict[str, Any],
+        start_step: int,
+    ) -> None:
+        self.config, self.mesh, self.info, self.meter = config, mesh, info, meter
+        self.run_dir, self.footer = run_dir, footer
+        self.stopped = False
+        self.progress = Progress(config, start_step) if info.rank == 0 else None
+        self.rows: list[MetricRow] = []
+        self.counts: list[np.ndarray] = []
+        self.counted_steps: list[int] = []
+        self.sample: tuple[int, np.ndarray] | None = None
+        self.harness_s = 0.0
+        self._interval_start = self._interval_step = 0.0
+        if info.rank == 0 and start_step:
+            self._recall(start_step)
+
+    def _recall(self, start_step: int) -> None:
+        rows = self.run_dir.read_metrics()
+        # Training steps count from 0; a validation at `start_step` was made with the weights that we start from.
+        self.rows = [row for row in rows if row.step < start_step + (row.metric == "val_loss")]
+        routing = self.run_dir.read_routing()
+        if routing is not None:
+            kept = routing["steps"] < start_step
+            self.counts = list(routing["expert_counts"][kept])
+            self.counted_steps = routing["steps"][kept].tolist()
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Start the clock."""
+        self.restart_interval(trainer.global_step)
+
+    def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+        """Count this step's bytes only."""
+        self.meter.reset()
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Gather the step over all ranks when it is to be logged."""
+        done = trainer.global_step
+        if done % self.config.trainer.log_every and done != self.config.trainer.max_steps:
+            return
+        assert isinstance(module, LanguageModel)
+        if self.mesh.device.type == "cuda":
+            torch.cuda.synchronize()
+        started = time.perf_counter()
+        step_s = (started - self._interval_start) / (done - self._interval_step)
+        gathered = self._gather(module, step_s)
+        self.stopped = bool(gathered[:, 0].any())
+        if self.info.rank == 0:
+            self._record(done - 1, gathered, module, trainer)
+        if done == self.config.trainer.max_steps:
+            self._sample_routing(done - 1, module, batch)
+        self.harness_s = time.perf_counter() - started
+        self.restart_interval(done)
+
+    def restart_interval(self, step: int) -> None:
+        """Start the clock anew at `step`: what was done since the last step is not part of the next one."""
+        self._interval_start, self._interval_step = time.perf_counter(), step
+
+    def _gather(self, module: LanguageModel, step_s: float) -> Tensor:
+        """[W, n] float64 on the CPU: the numbers of every rank. Collective."""
+        losses = module.losses
+        scalars = [float(self.info.stop_requested()), step_s, self.harness_s]
+        tensors = [losses.cross_entropy, losses.aux_loss, *(output.num_dropped for output in losses.moe)]
+        parts = [torch.tensor(scalars, dtype=torch.float64), *(t.detach().double().cpu().view(1) for t in tensors)]
+        parts.append(self.meter.as_tensor().flatten())
+        parts += [output.counts_E.double().cpu() for output in losses.moe]
+        mine = torch.cat(parts).to(self.mesh.device)
+        gathered = [torch.empty_like(mine) for _ in range(self.mesh.world_size)]
+        dist.all_gather(gathered, mine)
+        return torch.stack(gathered).cpu()
+
+    def _record(self, step: int, gathered: Tensor, module: LanguageModel, trainer: L.Trainer) -> None:
+        num_layers, num_experts = len(module.losses.moe), self.config.model.num_experts
+        num_levels = len(self.mesh.cluster.levels)
+        sizes = [1, 1, 1, 1, 1, num_layers, num_levels * len(CLASSES), num_layers * num_experts]
+        _, step_s, harness_s, loss, aux_loss, dropped, sent, counts = gathered.split(sizes, dim=1)
+        num_tokens = self.config.trainer.global_batch_size * self.config.model.seq_len
+        slowest = float(step_s.max())
+        self._add(step, "loss", float(loss.mean()), "nats/token")
+        self._add(step, "aux_loss", float(aux_loss.mean()), "1")
+        self._add(step, "dropped_copies", float(dropped.sum()), "copies/step")
+        self._add(step, "grad_norm", float(module.grad_norm), "1")
+        self._add(step, "learning_rate", float(trainer.lr_scheduler_configs[0].scheduler.get_last_lr()[0]), "1")
+        self._add(step, "step_time", slowest, "s")
+        self._add(step, "tokens_per_s", num_tokens / slowest, "tokens/s")
+        self._add(step, "harness_time", float(harness_s.max()), "s")
+        for level, row in zip(self.mesh.cluster.level_names, sent.sum(0).view(num_levels, -1), strict=True):
+            for kind, value in zip(CLASSES, row, strict=True):
+                if value:
+                    self._add(step, "bytes", float(value), "B/step", f"{level}/{kind}")
+        self.counts.append(counts.sum(0).view(num_layers, num_experts).long().numpy())
+        self.counted_steps.append(step)
+        assert self.progress is not None
+        self.progress.advance(step + 1, float(loss.mean()))
+
+    def _add(self, step: int, metric: str, value: float, unit: str, part: str = "") -> None:
+        self.rows.append(MetricRow(step, metric, part, value, unit))
+
+    def add_validation(self, steps_done: int, loss: float) -> None:
+        """Keep a validation loss, measured after `steps_done` steps."""
+        self._add(steps_done, "val_loss", loss, "nats/token")
+
+    @torch.no_grad()
+    def _sample_routing(self, step: int, module: LanguageModel, batch_BS: Tensor) -> None:
+        """The joint choices of every token of this step: int16 [layers, T of all ranks, K]. Collective."""
+        layers = module.gpt.moe_layers
+        chosen: list[Tensor] = []
+
+        def note(layer: Any, args: tuple[Tensor], output: MoEOutput) -> None:
+            if output.expert_ids_TK is not None:
+                chosen.append(output.expert_ids_TK)
+            else:  # an upstream gate that does not tell: the K largest of its logits
+                logits = args[0].float() @ layer.gate_weight.float().t()
+                chosen.append(logits.topk(layer.spec.top_k, dim=1).indices)
+
+        handles = [layer.register_forward_hook(note) for layer in layers]
+        module.gpt(batch_BS[:, :-1], batch_BS[:, 1:])
+        for handle in handles:
+            handle.remove()
+        mine = torch.stack(chosen).to(torch.int32).contiguous()
+        gathered = [torch.empty_like(mine) for _ in range(self.mesh.world_size)]
+        dist.all_gather(gathered, mine)
+        self.sample = (step, torch.cat(gathered, dim=1).to(torch.int16).cpu().numpy())
+
+    def flush(self) -> None:
+        """Write what was recorded; on rank 0, elsewhere nothing."""
+        if self.info.rank:
+            return
+        self.run_dir.write_metrics(self.rows, self.footer)
+        arrays = {"steps": np.array(self.counted_steps, dtype=np.int64), "expert_counts": np.stack(self.counts)}
+        if self.sample is not None:
+            arrays |= {"sample_step": np.array(self.sample[0]), "sample_expert_ids": self.sample[1]}
+        self.run_dir.write_routing(**arrays)
+
+
+class Validator(L.Callback):
+    """Validation loss every `val_every` steps and after the last one, over the same held-out batches in every run."""
+
+    def __init__(self, config: RunConfig, mesh: Mesh, recorder: Recorder, batches: Iterable[Tensor]) -> None:
+        self.config, self.mesh, self.recorder, self.batches = config, mesh, recorder, batches
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Validate when it is time. Collective."""
+        done = trainer.global_step
+        if done % self.config.trainer.val_every and done != self.config.trainer.max_steps:
+            return
+        assert isinstance(module, LanguageModel)
+        self.recorder.add_validation(done, self._loss(trainer, module))
+        self.recorder.restart_interval(done)
+
+    @torch.no_grad()
+    def _loss(self, trainer: L.Trainer, module: LanguageModel) -> float:
+        module.eval()
+        losses = []
+        with trainer.precision_plugin.forward_context():
+            for batch_BS in self.batches:
+                batch_BS = batch_BS.to(self.mesh.device)
+                losses.append(module.gpt(batch_BS[:, :-1], batch_BS[:, 1:]).cross_entropy)
+        module.train()
+        mean = torch.stack(losses).mean()
+        dist.all_reduce(mean)
+        return float(mean) / self.mesh.world_size
+
+
+class Checkpointer(L.Callback):
+    """Metrics, then a checkpoint, every `checkpoint_every` steps, after the last step, and when a stop is asked for."""
+
+    def __init__(self, config: RunConfig, recorder: Recorder) -> None:
+        self.config, self.recorder = config, recorder
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save when it is time. Collective."""
+        done, every = trainer.global_step, self.config.trainer.checkpoint_every
+        last = done == self.config.trainer.max_steps
+        if last or self.recorder.stopped or done % every == 0:
+            self.recorder.flush()
+            folder = self.recorder.run_dir.checkpoints
+            trainer.save_checkpoint(folder / f"step_{done}")
+            if self.recorder.info.rank == 0:
+                self.recorder.run_dir.set_status("running", step=done)
+                remove_old_checkpoints(folder, keep=1 if last else 2)
+        if self.recorder.stopped:
+            trainer.should_stop = True
+        self.recorder.restart_interval(done)
+
+
+class Progress:
+    """One bar on a terminal, else a plain line every tenth of the run. Rank 0 only."""
+
+    def __init__(self, config: RunConfig, start_step: int, write: Callable[[str], None] | None = None) -> None:
+        style = config.trainer.progress
+        if style == "auto":
+            style = "bar" if sys.stdout.isatty() else "lines"
+        self.style, self.total = style, config.trainer.max_steps
+        self.label = f"{config.system.name} seed {config.seed}"
+        self.every = max(1, self.total // 10)
+        self.write = write or (lambda line: print(line, flush=True))
+        self.bar = tqdm(total=self.total, initial=start_step, desc=self.label, unit="step") if style == "bar" else None
+
+    def advance(self, done: int, loss: float) -> None:
+        """`done` steps are done; `loss` was the last one's."""
+        if self.bar is not None:
+            self.bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
+            self.bar.update(done - self.bar.n)
+            if done == self.total:
+                self.bar.close()
+        elif self.style == "lines" and (done % self.every == 0 or done == self.total):
+            self.write(f"{self.label}: step {done}/{self.total}, loss {loss:.4f}")

@@ -1,0 +1,193 @@
+"""Distributed checkpoints, in canonical form: saved by any system on any world size, loaded by any on any other.
+
+Every expert's matrices, and the optimizer's moments of them, are entries of their own, named by layer and global expert
+id; a rank reads the entries of the experts that live on it. Written under a temporary name, checksummed, then renamed.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from experiments.model import GPT
+from moe.errors import ConfigError, Problem
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""Tensors that Adam keeps for every parameter, beside its scalar `step`."""
+
+
+class Entry(NamedTuple):
+    """One canonical tensor: its key, the parameter that holds it, and how to see it in a tensor of that shape."""
+
+    key: str
+    parameter: nn.Parameter
+    view: Callable[[Tensor], Tensor]
+
+
+def canonical_entries(gpt: GPT) -> Iterator[Entry]:
+    """Every tensor of the model on this rank, under names that depend on neither the system nor the world size."""
+    seen: set[int] = set()
+    for layer in gpt.moe_layers:
+        prefix = f"layers/{layer.spec.layer_index}"
+        yield Entry(f"{prefix}/gate", layer.gate_weight, _itself)
+        seen.add(id(layer.gate_weight))
+        for view in layer.expert_views():
+            yield Entry(f"{prefix}/experts/{view.expert}/{view.name}", view.parameter, view.view)
+            seen.add(id(view.parameter))
+    for name, parameter in gpt.named_parameters():
+        if id(parameter) not in seen:
+            yield Entry(f"model/{name}", parameter, _itself)
+
+
+def save_checkpoint(path: Path, gpt: GPT, optimizer: Optimizer, state: dict[str, Any]) -> None:
+    """Write a checkpoint folder; it appears under its name only when it is whole. Collective.
+
+    Args:
+        path: of the folder, on a file system that all ranks see.
+        gpt: the model.
+        optimizer: Adam's kind.
+        state: whatever else belongs to the run, plain Python values; rank 0's is kept.
+    """
+    rank = dist.get_rank()
+    temporary = path.with_name(f".{path.name}.tmp")
+    if rank == 0:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    dist.barrier()
+    dcp.save(_tensors(gpt, optimizer, for_saving=True), checkpoint_id=temporary, no_dist=False)
+    torch.save(torch.get_rng_state(), temporary / f"rng_{rank}.pt")
+    if rank == 0:
+        torch.save(state, temporary / "trainer.pt")
+    dist.barrier()
+    if rank == 0:
+        (temporary / "checksums.json").write_text(json.dumps(_checksums(temporary), indent=1))
+        shutil.rmtree(path, ignore_errors=True)
+        temporary.rename(path)
+    dist.barrier()
+
+
+def load_checkpoint(path: Path, gpt: GPT, optimizer: Optimizer) -> dict[str, Any]:
+    """Fill the model and the optimizer in place from a checkpoint of any world size. Collective.
+
+    Returns:
+        The `state` that was saved with it.
+
+    Raises:
+        ConfigError: a file is missing or differs from its checksum, or the model has other shapes.
+    """
+    verdict = [_damage(path) if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(verdict, 0)
+    if verdict[0]:
+        raise _error(path, verdict[0])
+    fresh = _tensors(gpt, optimizer, for_saving=False)
+    try:
+        dcp.load(fresh, checkpoint_id=path)
+    except (dcp.CheckpointException, ValueError) as error:
+        raise _error(path, f"it does not fit this model ({str(error).splitlines()[-1]})") from error
+    with torch.no_grad():
+        for entry in canonical_entries(gpt):
+            entry.view(entry.parameter.data).copy_(fresh[entry.key])
+            moments = optimizer.state[entry.parameter]
+            for name in MOMENTS:
+                if name not in moments:
+                    moments[name] = torch.zeros_like(entry.parameter)
+                entry.view(moments[name]).copy_(fresh[f"{entry.key}/{name}"])
+            moments["step"] = fresh[f"{entry.key}/step"].to(entry.parameter.device, copy=True)  # fused AdamW
+    rng = path / f"rng_{dist.get_rank()}.pt"
+    if rng.exists():
+        torch.set_rng_state(torch.load(rng, weights_only=True))
+    return torch.load(path / "trainer.pt", weights_only=False)
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    """The newest whole checkpoint `step_<n>` in a folder, or None."""
+    found = [path for path in folder.glob("step_*") if path.name[5:].isdigit()]
+    return max(found, key=checkpoint_step, default=None)
+
+
+def checkpoint_step(path: Path) -> int:
+    """n of a folder called `step_<n>`: the steps that were done when it was saved.
+
+    Raises:
+        ConfigError: it has another name, so it is no checkpoint.
+    """
+    number = path.name.removeprefix("step_")
+    if not number.isdigit():
+        raise _error(path, "there is no checkpoint step_<n> in that folder")
+    return int(number)
+
+
+def remove_old_checkpoints(folder: Path, keep: int = 2) -> None:
+    """Delete all but the newest `keep` checkpoints of a folder."""
+    for path in sorted(folder.glob("step_*"), key=checkpoint_step)[:-keep]:
+        shutil.rmtree(path)
+
+
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _tensors(gpt: GPT, optimizer: Optimizer, *, for_saving: bool) -> dict[str, Tensor]:
+    """Contiguous tensors by key: copies of what is there, or empty ones of the same shapes to be filled."""
+
+    def tensor(entry: Entry, source: Tensor) -> Tensor:
+        seen = entry.view(source.detach())
+        return seen.contiguous() if for_saving else torch.empty(seen.shape, dtype=seen.dtype, device=seen.device)
+
+    tensors = {}
+    for entry in canonical_entries(gpt):
+        moments = optimizer.state.get(entry.parameter, {})
+        tensors[entry.key] = tensor(entry, entry.parameter)
+        for name in MOMENTS:
+            tensors[f"{entry.key}/{name}"] = tensor(entry, moments.get(name, torch.zeros_like(entry.parameter)))
+        tensors[f"{entry.key}/step"] = moments.get("step", torch.zeros(())).clone()
+    return tensors
+
+
+def _checksums(folder: Path) -> dict[str, int]:
+    checksums = {}
+    for path in sorted(folder.iterdir()):
+        checksum = 0
+        with path.open("rb") as file:
+            while block := file.read(1 << 22):
+                checksum = zlib.crc32(block, checksum)
+        checksums[path.name] = checksum
+    return checksums
+
+
+def _damage(path: Path) -> str:
+    """What is wrong with a checkpoint folder; empty when it is whole."""
+    if not path.is_dir():
+        return "there is no such folder"
+    try:
+        expected = json.loads((path / "checksums.json").read_text())
+    except (OSError, ValueError):
+        return "checksums.json is missing or not readable"
+    found = _checksums(path)
+    for name, checksum in expected.items():
+        if name not in found:
+            return f"its file {name} is missing"
+        if found[name] != checksum:
+            return f"its file {name} is corrupt (the checksum differs)"
+    return ""
+
+
+def _error(path: Path, damage: str) -> ConfigError:
+    return ConfigError(
+        Problem(
+            "checkpoint",
+            path,
+            f"a checkpoint must be whole and fit the model, but {damage}",
+            "remove that folder to resume from the one before, or start anew with force=true",
+        )
+    )

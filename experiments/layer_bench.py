@@ -1,0 +1,180 @@
+"""The ranks' part of `experiments.layer`: one MoE layer of every system, in turn, on the same tokens and weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from experiments import registry
+from experiments.samples import SampleRow, SampleWriter
+from experiments.timing import (
+    Observed,
+    interleave,
+    over_ranks,
+    peak_memory_bytes,
+    stage_rounds,
+    synchronise,
+)
+from moe.mesh import Mesh
+from moe.metering import LinkMeter
+from moe.system import LayerSpec, MoELayer, System
+from moe.weights import load_layer
+
+STAGE_ROUNDS = 5
+CHECKED_TOKENS = 1024
+"""Tokens a rank at which systems are compared with the oracle, which computes all experts on all of them."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One shape under one workload.
+
+    Args:
+        shape, workload: names for the results.
+        spec: of the layer.
+        x_TM: this rank's tokens.
+        gate_EM: the gate's matrix, which with `x_TM` makes the workload's routing.
+        seed: of all.
+    """
+
+    shape: str
+    workload: str
+    spec: LayerSpec
+    x_TM: Tensor
+    gate_EM: Tensor
+    seed: int
+
+
+@dataclass
+class Candidate:
+    """One system's layer, ready to be stepped."""
+
+    system: System
+    layer: MoELayer
+    step: Callable[[], None]
+    writer: SampleWriter
+
+
+def measure_case(
+    case: Case, systems: dict[str, System], mesh: Mesh, *, rounds: int, warmup: int, check: bool
+) -> list[SampleRow]:
+    """Measure every system on one case. Collective.
+
+    Args:
+        case: what to compute.
+        systems: by the name that results carry.
+        mesh: of the run.
+        rounds, warmup: of the interleaved timing.
+        check: also compare each with the dense oracle.
+
+    Returns:
+        dropped_copies; or a status row for a system that refused or failed.
+    """
+    expected = _expected(case, mesh) if check else None
+    grad_TM = torch.randn(case.x_TM.shape, generator=torch.Generator().manual_seed(case.seed + mesh.rank))
+    grad_TM = grad_TM.to(mesh.device, case.spec.dtype)
+    candidates: list[Candidate] = []
+    rows: list[SampleRow] = []
+    for name, system in systems.items():
+        writer = SampleWriter(name, system.implementation, case.shape, case.workload, case.seed)
+        reasons = system.refusals(case.spec, mesh.cluster)
+        if reasons:
+            writer.add_status("refused", " ".join(reasons))
+            rows += writer.rows
+            continue
+        candidate, failure = _try(lambda system=system, writer=writer: _prepare(case, system, mesh, grad_TM, writer))
+        if _failed_anywhere(failure, mesh):
+            writer.add_status(*(failure or ("failed", "it failed on another rank; see that rank's log")))
+            rows += writer.rows
+            continue
+        assert candidate is not None
+        if expected is not None:
+            _add_errors(candidate, case, expected, mesh)
+        candidates.append(candidate)
+    times = interleave({c.writer.key[0]: c.step for c in candidates}, rounds, warmup, mesh.device)
+    for candidate in candidates:
+        candidate.writer.add("step_time", times[candidate.writer.key[0]], "s")
+        _observe(candidate, case, mesh)
+        rows += candidate.writer.rows
+    return rows
+
+
+def _prepare(case: Case, system: System, mesh: Mesh, grad_TM: Tensor, writer: SampleWriter) -> Candidate:
+    layer = system.build_layer(case.spec, mesh)
+    load_layer(layer)
+    with torch.no_grad():
+        layer.gate_weight.copy_(case.gate_EM)
+        for parameter in layer.parameters():
+            if parameter is not layer.gate_weight:  # weights in the dtype of the arithmetic, as in a tuned run
+                parameter.data = parameter.data.to(case.spec.dtype)
+    x_TM = case.x_TM.detach().requires_grad_()
+
+    def step() -> None:
+        x_TM.grad = None
+        for parameter in layer.parameters():
+            parameter.grad = None
+        output = layer(x_TM)
+        torch.autograd.backward([output.y_TM, output.aux_loss], [grad_TM, None])
+
+    step()  # what can't run fails here, not amid the timing
+    synchronise(mesh.device)
+    return Candidate(system, layer, step, writer)
+
+
+def _observe(candidate: Candidate, case: Case, mesh: Mesh) -> None:
+    """What is exact or slow to read: bytes, drops, memory, stages."""
+    writer, device = candidate.writer, mesh.device
+    meter = LinkMeter(mesh.cluster, mesh.rank)
+    dropped: list[Tensor] = []
+    handle = candidate.layer.register_forward_hook(lambda _m, _a, output: dropped.append(output.num_dropped))
+    with meter.installed():
+        candidate.step()
+    handle.remove()
+    writer.add_bytes(over_ranks(meter.as_tensor(), dist.ReduceOp.SUM, device), mesh.cluster)
+    total = over_ranks(dropped[0].double().view(1), dist.ReduceOp.SUM, device)
+    writer.add("dropped_copies", total.tolist(), "copies/step")
+    writer.add("tokens", [len(case.x_TM) * mesh.world_size], "tokens/step")
+    peak = torch.tensor([float(peak_memory_bytes(candidate.step, device))], dtype=torch.float64)
+    writer.add("peak_memory", over_ranks(peak, dist.ReduceOp.MAX, device).tolist(), "B")
+    for part, seconds in stage_rounds(candidate.step, [candidate.layer], STAGE_ROUNDS, device).items():
+        writer.add("stage_time", seconds, "s", part)
+
+
+def _expected(case: Case, mesh: Mesh) -> Observed:
+    reference = registry.create("reference")
+    spec = replace(case.spec, dtype=torch.float32)
+    x_TM, grad_TM = _checked_tokens(case, mesh)
+    return Observed(reference, spec, mesh, x_TM.float(), grad_TM, case.gate_EM)
+
+
+def _checked_tokens(case: Case, mesh: Mesh) -> tuple[Tensor, Tensor]:
+    x_TM = case.x_TM[:CHECKED_TOKENS]
+    generator = torch.Generator().manual_seed(case.seed + 1000 + mesh.rank)
+    return x_TM, torch.randn(x_TM.shape, generator=generator).to(mesh.device)
+
+
+def _add_errors(candidate: Candidate, case: Case, expected: Observed, mesh: Mesh) -> None:
+    x_TM, grad_TM = _checked_tokens(case, mesh)
+    errors = Observed(candidate.system, case.spec, mesh, x_TM, grad_TM, case.gate_EM).errors(expected)
+    worst = over_ranks(torch.tensor(list(errors.values()), dtype=torch.float64), dist.ReduceOp.MAX, mesh.device)
+    for part, error in zip(errors, worst.tolist(), strict=True):
+        candidate.writer.add("relative_error", [error], "1", part)
+
+
+def _try(build: Callable[[], Candidate]) -> tuple[Candidate | None, tuple[str, str] | None]:
+    """The candidate, or (status, reason) of its failure."""
+    try:
+        return build(), None
+    except torch.OutOfMemoryError as error:
+        return None, ("oom", str(error).splitlines()[0])
+    except (RuntimeError, AssertionError, TypeError, ValueError, NotImplementedError) as error:
+        return None, ("failed", f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+
+
+def _failed_anywhere(failure: tuple[str, str] | None, mesh: Mesh) -> bool:
+    flag = torch.tensor([float(failure is not None)], dtype=torch.float64)
+    return bool(over_ranks(flag, dist.ReduceOp.MAX, mesh.device))

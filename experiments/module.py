@@ -1,0 +1,76 @@
+"""The Lightning module: loss, optimizer, learning rate and clipping, the same for every system."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from experiments.config import TrainerConfig
+from experiments.model import GPT, Losses
+from moe.sync import GradientSync
+
+
+class LanguageModel(L.LightningModule):
+    """Next-token training of a GPT.
+
+    Args:
+        gpt: the model, on its device, with its initial weights.
+        sync: reduces and clips its gradients.
+        trainer_config: learning rate, decay, clipping, steps.
+        aux_loss_weight: of the mean balance loss of the MoE layers.
+
+    Attributes:
+        losses: of the last training step.
+        grad_norm: of the last training step before clipping, scalar tensor.
+    """
+
+    losses: Losses
+    grad_norm: Tensor
+
+    def __init__(self, gpt: GPT, sync: GradientSync, trainer_config: TrainerConfig, aux_loss_weight: float) -> None:
+        super().__init__()
+        self.gpt = gpt
+        self.sync = sync
+        self.trainer_config = trainer_config
+        self.aux_loss_weight = aux_loss_weight
+
+    def training_step(self, batch_BS: Tensor, batch_index: int) -> Tensor:
+        """Loss of this rank's rows [B, S + 1] of the global batch."""
+        self.losses = losses = self.gpt(batch_BS[:, :-1], batch_BS[:, 1:])
+        return losses.cross_entropy + self.aux_loss_weight * losses.aux_loss
+
+    def configure_optimizers(self) -> Any:
+        """AdamW (no decay on vectors), linear warm-up, cosine decay."""
+        optimizer = build_optimizer(self.gpt, self.trainer_config)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(step, self.trainer_config))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip by the norm over the whole model, experts of other ranks included. Collective."""
+        self.grad_norm = self.sync.clip(self.trainer_config.grad_clip or 0.0)
+
+
+def build_optimizer(gpt: GPT, trainer: TrainerConfig) -> Optimizer:
+    """AdamW over all parameters of this rank; weight decay on matrices only."""
+    matrices = [p for p in gpt.parameters() if p.dim() > 1]
+    vectors = [p for p in gpt.parameters() if p.dim() <= 1]
+    groups = [{"params": matrices, "weight_decay": trainer.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=trainer.lr, betas=trainer.betas, fused=True)
+
+
+def lr_factor(step: int, trainer: TrainerConfig) -> float:
+    """Factor on the learning rate at `step`: up linearly over the warm-up, then down a cosine to `min_lr_ratio`."""
+    if step < trainer.warmup_steps:
+        return (step + 1) / trainer.warmup_steps
+    progress = (step - trainer.warmup_steps) / max(1, trainer.max_steps - trainer.warmup_steps)
+    return trainer.min_lr_ratio + (1 - trainer.min_lr_ratio) * (1 + math.cos(math.pi * min(1.0, progress))) / 2

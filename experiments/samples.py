@@ -1,0 +1,57 @@
+"""Rows of interleaved measurements, and the Parquet file that holds them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+from moe.metering import CLASSES
+from moe.topology import Cluster
+from torch import Tensor
+
+
+class SampleRow(NamedTuple):
+    """One measured value of one system in one round; `part` names a stage, a level, or a reason."""
+
+    system: str
+    implementation: str
+    shape: str
+    workload: str
+    seed: int
+    round: int
+    metric: str
+    part: str
+    value: float
+    unit: str
+
+
+class SampleWriter:
+    """Collects the rows of one system under one shape, workload and seed.
+
+    Args:
+        system, implementation, shape, workload, seed: of all its rows.
+    """
+
+    def __init__(self, system: str, implementation: str, shape: str, workload: str, seed: int) -> None:
+        self.key = (system, implementation, shape, workload, seed)
+        self.rows: list[SampleRow] = []
+
+    def add(self, metric: str, values: Iterable[float], unit: str, part: str = "") -> None:
+        """One row per value, numbered as rounds from 0."""
+        self.rows += [SampleRow(*self.key, turn, metric, part, float(v), unit) for turn, v in enumerate(values)]
+
+    def add_bytes(self, sent: Tensor, cluster: Cluster) -> None:
+        """Bytes of one step, [levels, classes], summed over ranks."""
+        for level, row in zip(cluster.level_names, sent.tolist(), strict=True):
+            for kind, value in zip(CLASSES, row, strict=True):
+                if value:
+                    self.add("bytes", [value], "B/step", f"{level}/{kind}")
+
+    def add_status(self, status: str, reason: str) -> None:
+        """The system has no numbers here, and why."""
+        self.add("status", [float("nan")], "", f"{status}: {reason}")
+
+
+def footer_of(kind: str, cluster: Cluster, **more: Any) -> dict[str, Any]:
+    """Metadata of a result file."""
+    return {"schema_version": 1, "kind": kind, "cluster": cluster.name, "emulation": cluster.emulation, **more}

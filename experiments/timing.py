@@ -1,0 +1,158 @@
+"""Honest timing: candidates take turns in one process group, and the worst rank counts.
+
+Also what is read once per candidate beside its time: peak memory, and the error against the oracle.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from moe.mesh import Mesh
+from moe.stages import StageClock
+from moe.system import LayerSpec, MoELayer, System
+from moe.weights import load_layer
+
+Step = Callable[[], None]
+
+
+def interleave(steps: Mapping[str, Step], rounds: int, warmup: int, device: torch.device) -> dict[str, list[float]]:
+    """Time candidates in turn: A B C, then B C A, ... so that a drift of the machine meets all alike. Collective.
+
+    Args:
+        steps: what each candidate does; every rank passes the same names in the same order.
+        rounds: timed rounds.
+        warmup: rounds before them that do not count.
+        device: synchronised around each step when it is a GPU.
+
+    Returns:
+        Seconds of the slowest rank, one per round, by name.
+    """
+    names = list(steps)
+    seconds = torch.zeros(len(names), rounds, dtype=torch.float64)
+    for turn in range(-warmup, rounds):
+        for offset in range(len(names)):
+            index = (turn + offset) % len(names)
+            elapsed = _timed(steps[names[index]], device)
+            if turn >= 0:
+                seconds[index, turn] = elapsed
+    worst = over_ranks(seconds, dist.ReduceOp.MAX, device)
+    return {name: worst[index].tolist() for index, name in enumerate(names)}
+
+
+def _timed(step: Step, device: torch.device) -> float:
+    synchronise(device)
+    dist.barrier()
+    start = time.perf_counter()
+    step()
+    synchronise(device)
+    return time.perf_counter() - start
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait for a GPU; nothing on a CPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def over_ranks(values: Tensor, operation: dist.ReduceOp.RedOpType, device: torch.device) -> Tensor:
+    """Reduce float64 values over all ranks; returns them on the CPU. Collective."""
+    values = values.to(device)
+    dist.all_reduce(values, op=operation)
+    return values.cpu()
+
+
+def stage_rounds(step: Step, layers: list[MoELayer], rounds: int, device: torch.device) -> dict[str, list[float]]:
+    """Seconds of each stage (see `moe.stages`) in the slowest rank, one per round, by `forward/gate` and so on.
+
+    Taken apart from the timed rounds, so that the hooks cost those nothing. Collective.
+    """
+    clock = StageClock(layers)
+    taken: list[dict[str, float]] = []
+    for _ in range(rounds):
+        dist.barrier()
+        with clock.timed():
+            step()
+        taken.append(clock.stage_times_s())
+    names = sorted(taken[0])
+    table = torch.tensor([[times[name] for times in taken] for name in names], dtype=torch.float64)
+    worst = over_ranks(table, dist.ReduceOp.MAX, device)
+    return {name: worst[index].tolist() for index, name in enumerate(names)}
+
+
+def peak_memory_bytes(step: Step, device: torch.device) -> int:
+    """Most memory that one step held above what was there before it, in bytes.
+
+    From the CUDA allocator on a GPU; on a CPU from the allocations and frees that torch's profiler sees, so exact and
+    repeatable there too.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        step()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True, acc_events=True) as profile:
+        step()
+    kineto = profile.profiler.kineto_results  # type: ignore[union-attr]
+    changes = sorted((event.start_ns(), event.nbytes()) for event in kineto.events() if event.name() == "[memory]")
+    held = peak = 0
+    for _, num_bytes in changes:
+        held += num_bytes
+        peak = max(peak, held)
+    return peak
+
+
+def relative_error(value: Tensor, expected: Tensor) -> float:
+    """Norm of the difference over the norm of what was expected (its own norm where that is 0)."""
+    value, expected = value.detach().double(), expected.detach().double()
+    scale = expected.norm() if expected.norm() > 0 else torch.ones(())
+    return float((value - expected).norm().cpu() / scale.cpu())
+
+
+class Observed:
+    """Output and gradients of one forward and backward of a layer, in canonical form.
+
+    Args:
+        system: that built the layer.
+        spec: of the layer; its weights are loaded here.
+        mesh: of the run.
+        x_TM, grad_TM: tokens of this rank and gradient of the output, [T, M].
+        gate_EM: gate matrix instead of the initial one.
+    """
+
+    def __init__(
+        self, system: System, spec: LayerSpec, mesh: Mesh, x_TM: Tensor, grad_TM: Tensor, gate_EM: Tensor | None = None
+    ) -> None:
+        layer = system.build_layer(spec, mesh)
+        load_layer(layer)
+        if gate_EM is not None:
+            with torch.no_grad():
+                layer.gate_weight.copy_(gate_EM)
+        x_TM = x_TM.to(spec.dtype).detach().requires_grad_()
+        output = layer(x_TM)
+        ((output.y_TM * grad_TM.to(spec.dtype)).sum() + output.aux_loss).backward()
+        system.gradient_sync(layer, mesh).reduce()
+        assert x_TM.grad is not None and layer.gate_weight.grad is not None
+        self.output, self.input_grad, self.gate_grad = output.y_TM, x_TM.grad, layer.gate_weight.grad
+        self.expert_grads = {
+            (view.expert, view.name): view.view(view.parameter.grad)
+            for view in layer.expert_views()
+            if view.parameter.grad is not None
+        }
+
+    def errors(self, expected: Observed) -> dict[str, float]:
+        """Relative errors by part: output, input_grad, gate_grad, and expert_grad (the worst expert of this rank)."""
+        experts = [relative_error(grad, expected.expert_grads[key]) for key, grad in self.expert_grads.items()]
+        return {
+            "output": relative_error(self.output, expected.output),
+            "input_grad": relative_error(self.input_grad, expected.input_grad),
+            "gate_grad": relative_error(self.gate_grad, expected.gate_grad),
+            "expert_grad": max(experts),
+        }
