@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -27,6 +26,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from experiments.config import Kind, find_problems, load
+from experiments.launch import RankFailure, is_main_process
 from experiments.problems import did_you_mean
 from moe.errors import ConfigError, Problem, SuiteError
 
@@ -42,7 +42,7 @@ def hydra_main(kind: Kind) -> Callable[[Task], Callable[[], None]]:
 
     The config has been validated (`experiments.config.load`), the overrides are those of the command line, in a sweep
     those of the run. A `SuiteError` becomes a short list on stderr and exit code 2 (configuration) or 1 (any other);
-    the other runs of a sweep still take place.
+    the other runs of a sweep still take place. Ctrl-C ends a sweep, with exit code 130.
 
     Args:
         kind: name of the primary config, conf/<kind>.yaml.
@@ -62,8 +62,10 @@ def hydra_main(kind: Kind) -> Callable[[Task], Callable[[], None]]:
             except SuiteError as error:
                 if settings.runtime.choices["hydra/launcher"] != "basic":
                     raise  # in a process of another job, which has to say by itself that it failed
-                failures.append(error)
                 _say(error_text(error), sys.stderr)
+                if isinstance(error, RankFailure) and error.kind == "interrupted":
+                    raise KeyboardInterrupt from error  # the rest of a sweep was stopped too
+                failures.append(error)
 
         @functools.wraps(function)
         def main() -> None:
@@ -74,8 +76,9 @@ def hydra_main(kind: Kind) -> Callable[[Task], Callable[[], None]]:
             except SuiteError as error:
                 failures.append(error)
                 _say(error_text(error), sys.stderr)
-            except KeyboardInterrupt:
-                _say("interrupted", sys.stderr)
+            except KeyboardInterrupt as stop:
+                if stop.__cause__ is None:
+                    _say("interrupted", sys.stderr)
                 sys.exit(EXIT_INTERRUPTED)
             if failures:
                 sys.exit(EXIT_CONFIG if any(isinstance(error, ConfigError) for error in failures) else EXIT_FAILED)
@@ -170,8 +173,13 @@ class _Checker:
     def _parser(self) -> OverridesParser:
         return OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
 
+    def _files(self, group: str) -> list[str]:
+        """Choices of a group; empty when there is no such group."""
+        loader = GlobalHydra.instance().config_loader()
+        return loader.get_group_options(group, overrides=_search_path(self.extra_folder))
+
     def _is_group(self, key: str) -> bool:
-        return bool(GlobalHydra.instance().config_loader().get_group_options(key))
+        return bool(self._files(key))
 
     def _cells(self, override: Override, text: str) -> list[str]:
         """The override once for every value it sweeps over, in the form that goes to Hydra."""
@@ -206,7 +214,7 @@ class _Checker:
             yield Problem(group, override.get_value_string(), rule, fix)
             self.bad_group = True
             return
-        options = GlobalHydra.instance().config_loader().get_group_options(group)
+        options = self._files(group)
         values = list(override.sweep_iterator()) if override.is_discrete_sweep() else [override.value()]
         for choice in itertools.chain.from_iterable(v if isinstance(v, list) else [v] for v in values):
             if choice not in options and not (choice is None and self._choices.get(group) is None):
@@ -263,5 +271,5 @@ def _arguments(argv: list[str]) -> Iterator[None]:
 
 def _say(text: str, stream: Any) -> None:
     """Print on one rank only, however many torchrun or srun started."""
-    if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
+    if is_main_process():
         print(text, file=stream, flush=True)

@@ -15,8 +15,14 @@ import torch
 from experiments.cluster_config import ClusterConfig, gpus_suffice
 from experiments.schemas import ModelConfig, TrainerConfig
 from moe.errors import ConfigError, Problem
+from moe.topology import Cluster
 
 FLOAT32_BYTES, BFLOAT16_BYTES = 4, 2
+# (limit, usage) of a control group, version 2 and 1, as a process in a container sees its own.
+CONTROL_GROUP_FILES = [
+    (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")),
+    (Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"), Path("/sys/fs/cgroup/memory/memory.usage_in_bytes")),
+]
 
 
 @dataclass(frozen=True)
@@ -109,10 +115,11 @@ def activation_bytes(model: ModelConfig, tokens: int, element_bytes: int) -> int
     """Estimate of what one rank keeps of `tokens` tokens between forward and backward.
 
     Elements a token and block: attention keeps both norms' inputs and outputs (4 M), queries, keys and values before
-    and after the rotation and the mixed values (3 N D + 4 G D; flash attention keeps no score matrix). A dense block
-    keeps (m + 1) F, an MoE block K copies of (dispatched and returned rows on either side of the exchange, 4 M, and
-    (m + 1) H) plus its logits and probabilities, 2 E. Once a token: the last norm, 2 M, and float32 logits with their
-    log-softmax and its gradient, 3 V. Imbalance of the routing and the allocator's waste are not in it.
+    and after the rotation and the mixed values (3 N D + 4 G D; flash attention keeps no score matrix). A feed-forward
+    network keeps a values of its hidden width: before and after GELU (a = 2); gate, its SiLU, up and their product with
+    SwiGLU (a = 4). So a dense block keeps a F, an MoE block K copies of (2 M + a H), with the rows into and out of an
+    expert, plus its logits and probabilities, 2 E. Once a token: the last norm, 2 M, and float32 logits with their
+    log-softmax and its gradient, 3 V. Padding, imbalance of the routing and the allocator's waste are not in it.
 
     Args:
         model: shapes.
@@ -120,9 +127,9 @@ def activation_bytes(model: ModelConfig, tokens: int, element_bytes: int) -> int
         element_bytes: 2 for bf16, 4 for fp32.
     """
     head_dim, kv_heads = _head_dim(model), model.num_kv_heads or model.num_heads
-    kept = _matrices(model) + 1
+    kept = 4 if model.activation == "swiglu" else 2
     attention = 4 * model.model_dim + head_dim * (3 * model.num_heads + 4 * kv_heads)
-    moe = model.top_k * (4 * model.model_dim + kept * model.hidden_dim) + 2 * model.num_experts
+    moe = model.top_k * (2 * model.model_dim + kept * model.hidden_dim) + 2 * model.num_experts
     num_moe = num_moe_layers(model)
     dense_blocks = (model.num_layers - num_moe) * kept * model.dense_hidden_dim
     elements = model.num_layers * attention + dense_blocks + num_moe * moe + 2 * model.model_dim
@@ -169,24 +176,25 @@ def check_fits(
     model: ModelConfig,
     trainer: TrainerConfig,
     cluster: ClusterConfig,
-    available: int,
+    available: int | None = None,
     expert_ranks: int | None = None,
 ) -> MemoryEstimate:
     """The estimate, if one rank can hold it.
 
     Args:
         model, trainer, cluster: of the run.
-        available: bytes of one rank, from `available_bytes`.
+        available: bytes of one rank; None asks `available_bytes`.
         expert_ranks: see `estimate_memory`.
 
     Raises:
         ConfigError: it can't; the message holds the estimate.
     """
     estimate = estimate_memory(model, trainer, cluster.world_size, expert_ranks)
+    available = available_bytes(cluster) if available is None else available
     if estimate.total > available:
         rule = (
-            f"needs about {_gib(estimate.total)} a rank ({_breakdown(estimate)}) on {cluster.world_size} ranks of cluster "
-            f"{cluster.name}, and a rank has {_gib(available)}"
+            f"needs about {_gib(estimate.total)} a rank ({_breakdown(estimate)}) on {cluster.world_size} ranks of "
+            f"cluster {cluster.name}, and a rank has {_gib(available)}"
         )
         fix = "choose a smaller model or batch, or a cluster of more ranks (model=tiny fits a laptop)"
         raise ConfigError(Problem("model", model.name, rule, fix))
@@ -194,7 +202,7 @@ def check_fits(
 
 
 def describe(
-    model: ModelConfig, trainer: TrainerConfig, cluster: ClusterConfig, expert_ranks: int | None = None
+    model: ModelConfig, trainer: TrainerConfig, cluster: Cluster | ClusterConfig, expert_ranks: int | None = None
 ) -> str:
     """Two lines to print before anything is allocated: the parameters, and the memory of one rank."""
     count = count_parameters(model)
@@ -218,12 +226,9 @@ def _matrices(model: ModelConfig) -> int:
 
 def _control_group_bytes() -> list[int]:
     """What the control group of this process leaves it, where one limits it."""
-    for limit, usage in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-    ):
-        if Path(limit).exists() and Path(usage).exists() and Path(limit).read_text().strip().isdigit():
-            return [max(0, int(Path(limit).read_text()) - int(Path(usage).read_text()))]
+    for limit, usage in CONTROL_GROUP_FILES:
+        if limit.exists() and usage.exists() and limit.read_text().strip().isdigit():
+            return [max(0, int(limit.read_text()) - int(usage.read_text()))]
     return []
 
 

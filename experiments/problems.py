@@ -20,15 +20,29 @@ MISSING = "(missing)"
 def nearest(name: str, candidates: Iterable[str]) -> str | None:
     """The candidate that `name` most likely stands for, or None.
 
-    A dotted candidate also answers to its last part: `num_experts` finds `model.num_experts`.
+    Keys of the same group come first, then the same or nearly the same last part in any group: `num_experts` finds
+    `model.num_experts`, and so does `modle.num_experts`.
     """
     pool = list(candidates)
-    by_leaf = {candidate.rsplit(".", 1)[-1]: candidate for candidate in reversed(pool)}
-    close = difflib.get_close_matches(name, pool, n=1, cutoff=0.6)
-    close_leaf = difflib.get_close_matches(name.rsplit(".", 1)[-1], by_leaf, n=1, cutoff=0.75)
-    if "." not in name and close_leaf:
-        return by_leaf[close_leaf[0]]
-    return close[0] if close else by_leaf[close_leaf[0]] if close_leaf else None
+    group, leaf = _split(name)
+    siblings = {_split(candidate)[1]: candidate for candidate in pool if _split(candidate)[0] == group}
+    close = difflib.get_close_matches(leaf, siblings, n=1, cutoff=0.6)
+    same_leaf = [candidate for candidate in pool if _split(candidate)[1] == leaf]
+    if close and not same_leaf:
+        return siblings[close[0]]
+    likely = [candidate for candidate in pool if _likeness(_split(candidate)[1], leaf) >= 0.75]
+    return max(likely, key=lambda key: (_likeness(_split(key)[1], leaf), _likeness(key, name)), default=None)
+
+
+def _split(key: str) -> tuple[str, str]:
+    """(group, last part) of a dotted key."""
+    group, _, leaf = key.rpartition(".")
+    return group, leaf
+
+
+def _likeness(one: str, other: str) -> float:
+    """0 (nothing alike) to 1 (equal)."""
+    return difflib.SequenceMatcher(None, one, other).ratio()
 
 
 def did_you_mean(name: str, candidates: Iterable[str], kind: str) -> str:
@@ -96,7 +110,7 @@ def _unknown_keys(key: str, value: Any, schema: type[BaseModel], prefix: str) ->
             yield from _unknown_keys(f"{key}.{name}", inner, schema, prefix)
         return
     group = key.rpartition(".")[0]
-    siblings = [name for name in schema_keys(schema, prefix) if name.rpartition(".")[0] == group]
+    siblings = [_split(name)[1] for name in schema_keys(schema, prefix) if _split(name)[0] == group]
     where = f"keys of {group}" if group and siblings else "keys"
     guess = nearest(key, schema_keys(schema, prefix))
     names = ", ".join(siblings or schema.model_fields)

@@ -1,0 +1,123 @@
+"""Every file of conf/ composes and validates, alone and mixed with the others, and hides no key from its reader."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from pydantic import BaseModel
+
+from experiments import registry
+from experiments.cli import CONF, compose
+from experiments.config import (
+    SCHEMAS,
+    ClusterConfig,
+    DataConfig,
+    Kind,
+    ModelConfig,
+    TrainerConfig,
+    WorkloadConfig,
+    load,
+)
+
+PRIMARY: dict[Kind, tuple[str, ...]] = {
+    "train": ("system", "model", "data", "cluster", "trainer", "experiment"),
+    "layer": ("cluster", "workload"),
+    "comm": ("cluster",),
+    "compare": ("model", "data", "cluster", "trainer", "experiment"),
+}
+GROUPS: dict[str, type[BaseModel] | None] = {
+    "system": None,
+    "model": ModelConfig,
+    "data": DataConfig,
+    "cluster": ClusterConfig,
+    "trainer": TrainerConfig,
+    "workload": WorkloadConfig,
+    "experiment": None,
+}
+
+
+def choices(group: str) -> list[str]:
+    """File names of a group."""
+    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+
+
+def read(group: str, choice: str) -> dict[str, Any]:
+    """One file, as it stands."""
+    content: dict[str, Any] = yaml.safe_load((CONF / group / f"{choice}.yaml").read_text())
+    return content
+
+
+@pytest.fixture
+def recorded(tmp_path: Path) -> str:
+    """The file that workload=replay needs."""
+    (tmp_path / "routing.npz").touch()
+    return str(tmp_path / "routing.npz")
+
+
+def test_there_is_no_file_that_these_tests_miss() -> None:
+    files = {str(path.relative_to(CONF)) for path in CONF.rglob("*.yaml")}
+    known = {f"{kind}.yaml" for kind in PRIMARY} | {"base.yaml"}
+    known |= {f"{group}/{choice}.yaml" for group in GROUPS for choice in choices(group)}
+    assert files == known
+    assert set(PRIMARY) == set(SCHEMAS)
+
+
+@pytest.mark.parametrize(
+    ("kind", "group", "choice"),
+    [(kind, group, choice) for kind, groups in PRIMARY.items() for group in groups for choice in choices(group)],
+)
+def test_a_choice_validates(kind: Kind, group: str, choice: str, recorded: str) -> None:
+    composed = compose(kind, [f"{group}={choice}"])
+    if choice == "replay":
+        composed["workload"]["path"] = recorded
+    load(kind, composed)
+
+
+@pytest.mark.parametrize("kind", ["train", "compare"])
+@pytest.mark.parametrize("turn", range(7))
+def test_choices_mix(kind: Kind, turn: int) -> None:
+    """Each group at another of its files; over the turns every file of every group stands beside several others."""
+    mixed = []
+    for offset, group in enumerate(PRIMARY[kind]):
+        files = choices(group)
+        mixed.append(f"{group}={files[(turn + offset) % len(files)]}")
+    load(kind, compose(kind, mixed))
+
+
+@pytest.mark.parametrize(
+    ("group", "choice"), [(group, choice) for group in GROUPS for choice in choices(group) if GROUPS[group]]
+)
+def test_a_file_lists_every_key_of_its_group(group: str, choice: str) -> None:
+    schema = GROUPS[group]
+    assert schema is not None
+    content = read(group, choice)
+    if "defaults" not in content:
+        assert set(content) == set(schema.model_fields)
+
+
+@pytest.mark.parametrize("kind", PRIMARY)
+def test_a_primary_config_lists_every_key(kind: Kind) -> None:
+    assert set(compose(kind)) == set(SCHEMAS[kind].model_fields)
+
+
+@pytest.mark.parametrize("group", ["system", "model", "cluster"])
+def test_the_name_inside_is_the_file_s(group: str) -> None:
+    assert {choice: read(group, choice)["name"] for choice in choices(group)} == {name: name for name in choices(group)}
+
+
+def test_every_system_has_a_file_and_every_file_a_system() -> None:
+    assert choices("system") == list(registry.discover())
+
+
+def test_the_command_line_wins_over_an_experiment() -> None:
+    composed = compose("train", ["experiment=smoke", "model.num_layers=6", "trainer=default"])
+    assert (composed["model"]["num_layers"], composed["trainer"]["max_steps"]) == (6, 100)
+    assert compose("train", ["experiment=smoke"])["model"]["num_layers"] == 2
+
+
+def test_the_emulated_rate_is_the_configured_one() -> None:
+    composed = compose("train", ["cluster=netns_2x2", "cluster.rate_mbit=200"])
+    assert "200 Mbit/s" in composed["cluster"]["emulation"]
