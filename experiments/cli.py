@@ -149,7 +149,7 @@ class _Checker:
         self.primary = primary
         self.extra_folder = extra_folder
         self.for_hydra: dict[str, str] = {}
-        self.bad_group = False
+        self.bad_groups: set[str] = set()
 
     def check(self, kind: Kind, overrides: list[str], multirun: bool) -> list[Problem]:
         """All problems of these overrides, each told once."""
@@ -212,7 +212,7 @@ class _Checker:
             rule = f"experiments.{self.primary} takes no such group"
             fix = did_you_mean(group, groups, "groups")
             yield Problem(group, override.get_value_string(), rule, fix)
-            self.bad_group = True
+            self.bad_groups.add(group)
             return
         options = self._files(group)
         values = list(override.sweep_iterator()) if override.is_discrete_sweep() else [override.value()]
@@ -221,21 +221,32 @@ class _Checker:
                 shown = "null" if choice is None else choice
                 fix = did_you_mean(str(shown), options, f"choices of {group}")
                 yield Problem(group, shown, f"there is no conf/{group}/{shown}.yaml", fix)
-                self.bad_group = True
+                self.bad_groups.add(group)
 
     def _cell_problems(self, kind: Kind, overrides: list[str]) -> list[Problem]:
-        """Problems of one run. After a wrong group choice only those of keys that the user gave: the rest was not meant
-        to be combined with the group's default."""
+        """Problems of one run.
+
+        After a wrong group choice the group's default stands in for it, so that problems elsewhere are told as well;
+        but what the default does not go together with is no problem of the user's.
+        """
         try:
             composed = _compose(self.primary, overrides, self.extra_folder)
         except (HydraException, OmegaConfBaseException, ValueError) as error:
             reason = " ".join(str(error.__cause__ or error).split("\n")[0].split())
-            return [
-                Problem("overrides", " ".join(overrides), f"can't be composed ({reason})", "see --cfg job for the keys")
-            ]
-        problems = find_problems(kind, composed, fields_only=self.bad_group)
+            rule = f"can't be composed ({reason})"
+            return [Problem("overrides", " ".join(overrides), rule, "see --cfg job for the keys")]
+        problems = find_problems(kind, composed)
+        if not self.bad_groups:
+            return problems
+        alone = find_problems(kind, composed, fields_only=True)
         given = {override.lstrip("+~").partition("=")[0] for override in overrides}
-        return [problem for problem in problems if not self.bad_group or problem.key in given]
+        unsure = bool(self.bad_groups & {"cluster", "experiment"})  # every group is held against the cluster
+        return [
+            problem
+            for problem in problems
+            if (problem in alone and problem.key in given)
+            or not (unsure or problem.key.split(".")[0] in self.bad_groups)
+        ]
 
     @functools.cached_property
     def _choices(self) -> Any:

@@ -151,6 +151,13 @@ def test_a_wrong_group_does_not_blame_its_other_keys(command: Command) -> None:
     """These options and this top_k may well be right for what was meant."""
     lines = refused(command("train", "system=deepsped", "system.use_rts=true", "model=qwen", "model.top_k=10"))
     assert [line.split("=")[0] for line in lines] == ["system", "model"]
+    lines = refused(command("train", "cluster=local_3x2", "model.num_experts=6", "model.top_k=0"))
+    assert [line.split("=")[0] for line in lines] == ["cluster", "model.top_k"]
+
+
+def test_a_wrong_group_hides_no_other_problem(command: Command) -> None:
+    lines = refused(command("train", "system=deepsped", "model.top_k=99", "data.path=/no/such"))
+    assert [line.split("=")[0] for line in lines] == ["system", "model.top_k", "data.path"]
 
 
 def test_a_sweep_runs_every_combination(command: Command) -> None:
