@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 
 from experiments import provenance, registry
@@ -13,7 +12,7 @@ from experiments.data import prepare
 from experiments.launch import RankFailure, is_main_process, run_ranks
 from experiments.model import DTYPES, layer_spec
 from experiments.model_size import available_bytes, check_fits, describe
-from experiments.results import RunDir
+from experiments.results import RunDir, now
 from moe.errors import ConfigError, SuiteError
 
 
@@ -126,17 +125,13 @@ def _where_it_stopped(configs: Sequence[RunConfig]) -> RunConfig:
 
 def _manifest(config: RunConfig) -> dict[str, object]:
     return provenance.manifest(
-        run_id(config), config.seed, config.cluster.model_dump(mode="json"), started=_now()
+        run_id(config), config.seed, config.cluster.model_dump(mode="json"), started=now()
     )
 
 
 def _finish_manifest(config: RunConfig) -> None:
     run_dir = run_dir_of(config)
-    run_dir.write_manifest({**run_dir.read_manifest(), "ended": _now()})
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
+    run_dir.write_manifest({**run_dir.read_manifest(), "ended": now()})
 
 
 def exit_code(error: SuiteError) -> int:

@@ -144,6 +144,11 @@ def read_footer(path: Path) -> dict[str, Any]:
     return footer
 
 
+def now() -> str:
+    """The time, ISO 8601, UTC, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
 class MetricRow(NamedTuple):
     """One number of a run. `part` is empty, or a level, a stage, or `<level>/<class>`; `unit` is spelled out."""
 
@@ -235,8 +240,7 @@ class RunDir:
         if step is None:
             last = self.status()
             step = 0 if last is None else last.step
-        now = datetime.now(UTC).isoformat(timespec="seconds")
-        self._write_text("status.json", json.dumps(asdict(Status(status, reason, step, now)), indent=1) + "\n")
+        self._write_text("status.json", json.dumps(asdict(Status(status, reason, step, now())), indent=1) + "\n")
 
     def write_manifest(self, manifest: Mapping[str, Any]) -> None:
         """Write manifest.json, usually `experiments.provenance.manifest`."""

@@ -1,0 +1,90 @@
+"""The parent's part of a benchmark (experiments.layer, the timing of experiments.compare, experiments.comm): its folder,
+its launch, its status."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from experiments import provenance
+from experiments.config import AnyConfig, RunConfig, cluster_from, run_id
+from experiments.launch import RankFailure, is_main_process, run_ranks
+from experiments.results import RunDir, now, write_table
+from experiments.samples import SampleRow, footer_of
+from moe.errors import SuiteError
+
+
+class BenchRun:
+    """One benchmark run and its folder, outputs/<run id>/.
+
+    Args:
+        config: validated; says the cluster, the output folder and whether to run again what is complete.
+        overrides: of the command line.
+    """
+
+    def __init__(self, config: AnyConfig, overrides: Sequence[str]) -> None:
+        assert not isinstance(config, RunConfig), "training runs have experiments.cells"
+        self.config, self.overrides = config, overrides
+        self.dir = RunDir(Path(config.output_dir) / run_id(config))
+
+    @property
+    def samples_path(self) -> Path:
+        """Every value of every round."""
+        return self.dir.path / "samples.parquet"
+
+    def must_run(self, force: bool) -> bool:
+        """False, with a line that says so, when the run is complete already."""
+        status = self.dir.status()
+        complete = status is not None and status.status == "done"
+        if complete and not force:
+            if is_main_process():
+                print(f"{self.dir.path} is complete (force=true runs it again)", flush=True)
+            return False
+        return True
+
+    def launch(self, target: str, payload: dict[str, Any], *, timeout_s: float) -> Any:
+        """Run `target` in every rank of the cluster, with `payload` and the config; keep the status. Collective.
+
+        Args:
+            target: `package.module:function` of (payload, rank_info).
+            payload: JSON-able; `config` is added.
+            timeout_s: longest wait of one collective.
+
+        Returns:
+            Rank 0's value; None on a joined rank that is not rank 0.
+        """
+        config = self.config
+        if is_main_process():
+            shutil.rmtree(self.dir.path, ignore_errors=True)
+            self.dir.create(config.model_dump(mode="json"), list(self.overrides))
+            cluster = config.cluster.model_dump(mode="json")
+            seed = getattr(config, "seed", 0)
+            self.dir.write_manifest(provenance.manifest(run_id(config), seed, cluster, started=now()))
+        assert config.cluster.levels is not None, "load settles the levels"
+        try:
+            value = run_ranks(
+                target,
+                {"config": config.model_dump(mode="json"), **payload},
+                num_ranks=config.cluster.world_size,
+                ranks_per_node=config.cluster.levels[0].fanout,
+                launch=config.cluster.launch,
+                device="cuda" if config.cluster.device == "cuda" else "cpu",
+                rate_mbit=config.cluster.rate_mbit,
+                log_dir=self.dir.logs,
+                timeout_s=timeout_s,
+            )
+        except SuiteError as error:
+            if is_main_process():
+                self.dir.set_status(error.kind if isinstance(error, RankFailure) else "failed", str(error))
+            raise
+        if is_main_process():
+            self.dir.write_manifest({**self.dir.read_manifest(), "ended": now()})
+        return value
+
+    def write_samples(self, rows: Sequence[Sequence[Any]]) -> None:
+        """Write samples.parquet, then say done."""
+        footer = footer_of("measured", cluster_from(self.config.cluster), run_id=run_id(self.config))
+        write_table(self.samples_path, SampleRow, rows, footer)
+        self.dir.set_status("done")

@@ -1,0 +1,146 @@
+"""The ranks' part of the timing of `experiments.compare`: whole training steps of all systems, in turn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from experiments import registry
+from experiments.config import CompareConfig, RunConfig, cluster_from, load_compare
+from experiments.data import BatchStream, prepare
+from experiments.layer_bench import STAGE_ROUNDS
+from experiments.model import DTYPES, GPT, build_gpt, layer_spec
+from experiments.optimizer import build_optimizer
+from experiments.ranks import RankInfo
+from experiments.samples import SampleWriter
+from experiments.timing import Observed, interleave, over_ranks, peak_memory_bytes, stage_rounds
+from moe.mesh import Mesh, create_mesh
+from moe.metering import LinkMeter
+from moe.system import LayerSpec
+
+
+@dataclass
+class Trainee:
+    """One system's model, ready to take training steps."""
+
+    gpt: GPT
+    step: Callable[[], None]
+    writer: SampleWriter
+
+
+def time_training(payload: dict[str, Any], info: RankInfo) -> list[list[Any]]:
+    """Time every system under every seed, in this rank.
+
+    Args:
+        payload: `config`: of the comparison.
+        info: of this rank.
+
+    Returns:
+        Sample rows, the same on every rank.
+    """
+    config = load_compare(payload["config"])
+    mesh = create_mesh(cluster_from(config.cluster), info.device)
+    rows: list[list[Any]] = []
+    for seed in config.seeds:
+        runs = [run for run in config.runs() if run.seed == seed]
+        rows += _time_seed(runs, config, mesh)
+        if info.rank == 0:
+            print(f"timed in turn, seed {seed}: {', '.join(run.system.name for run in runs)}", flush=True)
+    return rows
+
+
+def _time_seed(runs: list[RunConfig], config: CompareConfig, mesh: Mesh) -> list[list[Any]]:
+    writers, trainees = [], []
+    expected: Observed | None = None
+    for run in sorted(runs, key=lambda run: run.system.name != "reference"):  # the oracle first: the others need it
+        system = registry.create(run.system.name, run.system.options)
+        spec = layer_spec(run.model, 0, run.seed, DTYPES[run.trainer.precision])
+        writer = SampleWriter(system.name, system.implementation, run.model.name, "training", run.seed)
+        writers.append(writer)
+        if reasons := system.refusals(spec, mesh.cluster):
+            writer.add_status("refused", " ".join(reasons))
+            continue
+        observed = _observe_layer(run, spec, mesh)
+        if system.name == "reference":
+            expected = observed
+        elif expected is not None:
+            _add_errors(writer, observed, expected, mesh)
+        trainees.append(_trainee(run, mesh, writer))
+    times = interleave(
+        {t.writer.key[0]: t.step for t in trainees}, config.timing.rounds, config.timing.warmup, mesh.device
+    )
+    for trainee in trainees:
+        trainee.writer.add("step_time", times[trainee.writer.key[0]], "s")
+        _add_observations(trainee, config, mesh)
+    return [list(row) for writer in writers for row in writer.rows]
+
+
+def _trainee(run: RunConfig, mesh: Mesh, writer: SampleWriter) -> Trainee:
+    system = registry.create(run.system.name, run.system.options)
+    gpt = build_gpt(run.model, system, mesh, run.seed, DTYPES[run.trainer.precision])
+    sync, optimizer = system.gradient_sync(gpt, mesh), build_optimizer(gpt, run.trainer)
+    stream = BatchStream(
+        prepare(run.data, run.model.vocab_size),
+        seq_len=run.model.seq_len,
+        global_batch_size=run.trainer.global_batch_size,
+        rank=mesh.rank,
+        world_size=mesh.world_size,
+        seed=run.seed,
+        num_steps=1_000_000,
+    )
+    batches = iter(stream)
+
+    def step() -> None:
+        batch_BS = next(batches).to(mesh.device)
+        with torch.autocast(mesh.device.type, dtype=torch.bfloat16, enabled=run.trainer.precision == "bf16"):
+            losses = gpt(batch_BS[:, :-1], batch_BS[:, 1:])
+        optimizer.zero_grad(set_to_none=True)
+        (losses.cross_entropy + run.model.aux_loss_weight * losses.aux_loss).backward()
+        sync.reduce()
+        sync.clip(run.trainer.grad_clip or 0.0)
+        optimizer.step()
+
+    return Trainee(gpt, step, writer)
+
+
+def _add_observations(trainee: Trainee, config: CompareConfig, mesh: Mesh) -> None:
+    """What is exact or slow to read: bytes, drops, memory, stages; of the steps after the timed ones."""
+    writer, device = trainee.writer, mesh.device
+    meter = LinkMeter(mesh.cluster, mesh.rank)
+    dropped: list[torch.Tensor] = []
+    hooks = [
+        layer.register_forward_hook(lambda _m, _a, output: dropped.append(output.num_dropped))
+        for layer in trainee.gpt.moe_layers
+    ]
+    with meter.installed():
+        trainee.step()
+    for hook in hooks:
+        hook.remove()
+    writer.add_bytes(over_ranks(meter.as_tensor(), dist.ReduceOp.SUM, device), mesh.cluster)
+    total = over_ranks(torch.stack(dropped).sum().double().view(1), dist.ReduceOp.SUM, device)
+    writer.add("dropped_copies", total.tolist(), "copies/step")
+    writer.add("tokens", [config.trainer.global_batch_size * config.model.seq_len], "tokens/step")
+    peak = torch.tensor([float(peak_memory_bytes(trainee.step, device))], dtype=torch.float64)
+    writer.add("peak_memory", over_ranks(peak, dist.ReduceOp.MAX, device).tolist(), "B")
+    for part, seconds in stage_rounds(trainee.step, trainee.gpt.moe_layers, STAGE_ROUNDS, device).items():
+        writer.add("stage_time", seconds, "s", part)
+
+
+def _observe_layer(run: RunConfig, spec: LayerSpec, mesh: Mesh) -> Observed:
+    """Output and gradients of the model's first MoE layer on random tokens, as many as a rank has in a step."""
+    system = registry.create(run.system.name, run.system.options)
+    num_tokens = run.trainer.global_batch_size * run.model.seq_len // mesh.world_size
+    generator = torch.Generator().manual_seed(run.seed * 1_000_003 + mesh.rank)
+    x_TM, grad_TM = torch.randn(2, num_tokens, run.model.model_dim, generator=generator).to(mesh.device)
+    return Observed(system, spec, mesh, x_TM, grad_TM)
+
+
+def _add_errors(writer: SampleWriter, observed: Observed, expected: Observed, mesh: Mesh) -> None:
+    errors = observed.errors(expected)
+    worst = over_ranks(torch.tensor(list(errors.values()), dtype=torch.float64), dist.ReduceOp.MAX, mesh.device)
+    for part, error in zip(errors, worst.tolist(), strict=True):
+        writer.add("relative_error", [error], "1", part)
