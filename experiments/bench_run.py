@@ -1,5 +1,5 @@
-"""The parent's part of a benchmark (experiments.layer, the timing of experiments.compare, experiments.comm): its folder,
-its launch, its status."""
+"""The parent's part of a benchmark (experiments.layer, experiments.comm, the timing of experiments.compare): its
+folder, its launch, its status."""
 
 from __future__ import annotations
 

@@ -124,9 +124,7 @@ def _where_it_stopped(configs: Sequence[RunConfig]) -> RunConfig:
 
 
 def _manifest(config: RunConfig) -> dict[str, object]:
-    return provenance.manifest(
-        run_id(config), config.seed, config.cluster.model_dump(mode="json"), started=now()
-    )
+    return provenance.manifest(run_id(config), config.seed, config.cluster.model_dump(mode="json"), started=now())
 
 
 def _finish_manifest(config: RunConfig) -> None:

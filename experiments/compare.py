@@ -32,7 +32,9 @@ def main(config: CompareConfig, overrides: list[str]) -> None:
         return
     out_dir = Path(config.output_dir) / "compare"
     table = write(out_dir, [run_dir_of(run).path for run in runs], timing.dir.path, baseline=config.systems[0].name)
-    print(f"\n{format_table(table)}\nwritten: {out_dir}/summary.csv, summary.md and {', '.join(FIGURES)} as PNG and PDF")
+    print(
+        f"\n{format_table(table)}\nwritten: {out_dir}/summary.csv, summary.md and {', '.join(FIGURES)} as PNG and PDF"
+    )
     if failures:
         sys.exit(1)
 

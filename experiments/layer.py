@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from typing import Any
 
-
 from analysis.layer import format_table, write_layer
 from experiments import registry
 from experiments.bench_run import BenchRun
 from experiments.cli import hydra_main
 from experiments.config import LayerRunConfig, LayerShape, WorkloadConfig, cluster_from, load_layer
-from experiments.layer_bench import Case, measure_case
 from experiments.launch import is_main_process
+from experiments.layer_bench import Case, measure_case
 from experiments.model import DTYPES
 from experiments.ranks import RankInfo
 from moe.mesh import Mesh, create_mesh
@@ -42,7 +41,9 @@ def measure(payload: dict[str, Any], info: RankInfo) -> list[list[Any]]:
     rows: list[list[Any]] = []
     for shape in config.shapes:
         case = build_case(config, shape, mesh)
-        rows += map(list, measure_case(case, systems, mesh, rounds=config.rounds, warmup=config.warmup, check=config.check))
+        rows += map(
+            list, measure_case(case, systems, mesh, rounds=config.rounds, warmup=config.warmup, check=config.check)
+        )
         if info.rank == 0:
             print(f"layer {shape.name}: measured {', '.join(systems)}", flush=True)
     return rows

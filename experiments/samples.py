@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
+from torch import Tensor
+
 from moe.metering import CLASSES
 from moe.topology import Cluster
-from torch import Tensor
 
 
 class SampleRow(NamedTuple):

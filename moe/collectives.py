@@ -40,3 +40,64 @@ def all_to_all_v(rows_RM: Tensor, receive_rows: list[int], send_rows: list[int],
         [sum(receive_rows), M], rows from the group's rank 0 first.
     """
     return _AllToAllV.apply(rows_RM, receive_rows, send_rows, group)
+
+
+class _GatherRows(torch.autograd.Function):
+    """[T, ...] of every rank -> [P * T, ...]; the backward sums what the ranks say about each rank's rows."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        parts = [torch.empty_like(rows) for _ in range(group.size())]
+        dist.all_gather(parts, rows.contiguous(), group=group)
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return _sum_and_scatter(grads[0], ctx.group), None
+
+
+class _SumAndScatterRows(torch.autograd.Function):
+    """[P * T, ...] partial sums of every rank -> [T, ...], this rank's rows of their sum."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return _sum_and_scatter(rows, group)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return _GatherRows.apply(grads[0], ctx.group), None
+
+
+def _sum_and_scatter(rows: Tensor, group: dist.ProcessGroup) -> Tensor:
+    parts = list(rows.contiguous().chunk(group.size()))
+    summed = torch.empty_like(parts[0])
+    dist.reduce_scatter(summed, parts, group=group)
+    return summed
+
+
+def gather_rows(rows: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Every rank's rows on every rank; differentiable, the backward is `sum_and_scatter_rows`.
+
+    Args:
+        rows: [T, ...], T equal on all ranks of the group.
+        group: of P ranks.
+
+    Returns:
+        [P * T, ...], the group's rank 0 first.
+    """
+    return _GatherRows.apply(rows, group)
+
+
+def sum_and_scatter_rows(rows: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """This rank's rows of the sum over ranks; differentiable, the backward is `gather_rows`.
+
+    Args:
+        rows: [P * T, ...], partial sums for the group's rank 0 first.
+        group: of P ranks.
+
+    Returns:
+        [T, ...].
+    """
+    return _SumAndScatterRows.apply(rows, group)

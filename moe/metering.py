@@ -149,6 +149,12 @@ def _reduce_scatter(meter: LinkMeter, call: dict[str, Any]) -> None:
     meter._send_next((size - 1) / size * _bytes(call["input"]), group, "reduction")
 
 
+def _reduce_scatter_list(meter: LinkMeter, call: dict[str, Any]) -> None:
+    num_bytes = sum(_bytes(tensor) for tensor in call["input_list"])
+    size = meter._group_size(call.get("group"))
+    meter._send_next((size - 1) / size * num_bytes, call.get("group"), "reduction")
+
+
 def _gather(argument: str) -> Callable[[LinkMeter, dict[str, Any]], None]:
     def count(meter: LinkMeter, call: dict[str, Any]) -> None:
         group = call.get("group")
@@ -176,6 +182,7 @@ _COUNTERS: dict[str, Callable[[LinkMeter, dict[str, Any]], None]] = {
     "all_to_all_single": _all_to_all_single,
     "all_to_all": _all_to_all,
     "all_reduce": _all_reduce,
+    "reduce_scatter": _reduce_scatter_list,
     "reduce_scatter_tensor": _reduce_scatter,
     "reduce_scatter_single": _reduce_scatter,
     "all_gather_into_tensor": _gather("input_tensor"),
