@@ -1,5 +1,5 @@
-"""Expert parallelism by all-gather: every rank sees every token and computes its own experts' part; a reduce-scatter sums
-the parts. What Megatron-LM's `allgather` token dispatcher does; also the README's example of a new system."""
+"""Expert parallelism by all-gather: every rank sees every token and computes its own experts' part; a reduce-scatter
+sums the parts. What Megatron-LM's `allgather` token dispatcher does; also the README's example of a new system."""
 
 from __future__ import annotations
 

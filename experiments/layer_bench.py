@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -86,7 +87,7 @@ def measure_case(
             writer.add_status("refused", " ".join(reasons))
             rows += writer.rows
             continue
-        candidate, failure = _try(lambda system=system, writer=writer: _prepare(case, system, mesh, grad_TM, writer))
+        candidate, failure = _try(partial(_prepare, case, system, mesh, grad_TM, writer))
         if _failed_anywhere(failure, mesh):
             writer.add_status(*(failure or ("failed", "it failed on another rank; see that rank's log")))
             rows += writer.rows

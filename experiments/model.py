@@ -130,7 +130,7 @@ class GPT(nn.Module):
     @property
     def moe_layers(self) -> list[MoELayer]:
         """The MoE layers, first block first."""
-        return [block.moe for block in self.blocks if block.moe is not None]
+        return [layer for layer in self.modules() if isinstance(layer, MoELayer)]
 
     def forward(self, tokens_BS: Tensor, targets_BS: Tensor) -> Losses:
         """tokens and targets [B, S] int64 -> losses over this rank's tokens."""

@@ -100,7 +100,7 @@ def peak_memory_bytes(step: Step, device: torch.device) -> int:
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True, acc_events=True) as profile:
         step()
-    kineto = profile.profiler.kineto_results  # type: ignore[union-attr]
+    kineto = profile.profiler.kineto_results
     changes = sorted((event.start_ns(), event.nbytes()) for event in kineto.events() if event.name() == "[memory]")
     held = peak = 0
     for _, num_bytes in changes:

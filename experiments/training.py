@@ -141,7 +141,7 @@ def _be_deterministic(config: RunConfig, mesh: Mesh) -> None:
     torch.manual_seed(config.seed * 1_000_003 + mesh.rank)
     # Some CUDA kernels have no deterministic form: there it is a warning in the log, on a CPU an error.
     torch.use_deterministic_algorithms(config.trainer.deterministic, warn_only=mesh.device.type == "cuda")
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # noqa: B010  # no stub knows it
 
 
 def _quiet() -> None:
