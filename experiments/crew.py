@@ -116,6 +116,9 @@ class Crew:
             variables["GLOO_SOCKET_IFNAME"] = interface
         if self.job.device == "cpu" and self.num_ranks > 1:
             variables.setdefault("OMP_NUM_THREADS", "1")
+        if self.job.device == "cuda":
+            # After a timeout NCCL's watchdog waits four times this long, for others to dump traces, before it speaks.
+            variables.setdefault("TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC", "1000")
         if self.job.device == "cuda" and self.num_ranks > self.ranks_per_node:
             # Nodes that are only pretended: each sees its own GPUs, and NCCL takes sockets between them.
             first = node * self.ranks_per_node

@@ -56,7 +56,8 @@ class RankFailure(SuiteError):
         self.reason = reason
         self.log = log
         where = "the run" if rank is None else f"rank {rank}"
-        super().__init__(f"{where} {_VERBS[kind]}: {reason}" + (f" (log: {log})" if log else ""))
+        said = reason if reason.startswith("rank ") else f"{where} {_VERBS[kind]}: {reason}"
+        super().__init__(said + (f" (log: {log})" if log else ""))
 
 
 _VERBS = {"failed": "failed", "oom": "ran out of memory", "timeout": "timed out", "interrupted": "was interrupted"}
@@ -172,14 +173,16 @@ def silent_death(rank: int, exit_code: int, log: Path, log_start: int, oom_kills
         oom_kills: how far the kernel's count of out-of-memory kills rose during the run.
     """
     tail = _tail(log, log_start)
-    last_line = next((line.strip() for line in reversed(tail.splitlines()) if line.strip()), "nothing")
+    spoken = tail.partition("Fatal Python error")[0]  # what follows is faulthandler's list of frames and modules
+    last_line = next((line.strip() for line in reversed(spoken.splitlines()) if line.strip()), "nothing")
     hint = f"; the last line of its log: {last_line[:REASON_LENGTH]}"
     if exit_code == -signal.SIGKILL:
         if oom_kills > 0:
             return Report(rank, "oom", f"rank {rank} was killed by the kernel for want of memory", time.time())
         return Report(rank, "failed", f"rank {rank} was killed by signal 9", time.time())
-    if TIMED_OUT.search(tail):  # NCCL's watchdog takes the process down without a Python exception
-        return Report(rank, "timeout", f"rank {rank} was ended by the collectives' watchdog{hint}", time.time())
+    watchdog = next((line.strip() for line in tail.splitlines() if TIMED_OUT.search(line)), None)
+    if watchdog is not None:  # NCCL's takes the process down without a Python exception
+        return Report(rank, "timeout", watchdog[:REASON_LENGTH], time.time())
     if exit_code < 0:
         return Report(rank, "failed", f"rank {rank} was killed by signal {-exit_code}{hint}", time.time())
     return Report(rank, "failed", f"rank {rank} ended with exit code {exit_code}{hint}", time.time())

@@ -8,8 +8,12 @@ import socket
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from moe.errors import ConfigError, Problem
+
+if TYPE_CHECKING:
+    from torch.distributed import Store
 
 FIRST_PORT, NUM_PORTS = 12000, 20000  # below the ports that Linux hands out by itself
 
@@ -163,25 +167,41 @@ def expand(node_list: str) -> list[str]:
     return names
 
 
-def check(here: RanksHere, num_ranks: int, ranks_per_node: int) -> None:
-    """Hold the ranks that are here against the declared cluster.
+def declared(num_ranks: int, ranks_per_node: int) -> str:
+    """The arrangement that the cluster declares, for messages."""
+    return f"{num_ranks // ranks_per_node} nodes x {ranks_per_node} ranks"
 
-    Several declared nodes on one real one are fine (that is what `local_2x2` is); the other way round, the declared
-    levels would not be the real ones.
 
-    Raises:
-        ConfigError: another number of ranks, or another arrangement over several real nodes.
-    """
-    declared = f"{num_ranks // ranks_per_node} nodes x {ranks_per_node} ranks"
+def check_size(here: RanksHere, num_ranks: int, ranks_per_node: int) -> None:
+    """Hold the number of ranks that are here against the declared one; raises ConfigError, in every rank alike."""
     if here.world_size != num_ranks:
         rule = f"the cluster declares {num_ranks} ranks but {here.world_size} are here, started by {here.starter}"
         fix = f"start {num_ranks} ranks, declare {here.world_size}, or use cluster=auto"
-        raise ConfigError(Problem("cluster.levels", declared, rule, fix))
-    expected = (here.rank // ranks_per_node, here.rank % ranks_per_node)
-    if here.num_nodes > 1 and expected != (here.node_rank, here.local_rank):
-        rule = (
-            f"rank {here.rank} should be number {expected[1]} on node {expected[0]}, but {here.starter} put it "
-            f"there as number {here.local_rank} on node {here.node_rank}"
-        )
+        raise ConfigError(Problem("cluster.levels", declared(num_ranks, ranks_per_node), rule, fix))
+
+
+def misplaced(here: RanksHere, ranks_per_node: int) -> str:
+    """The rule that this rank's place breaks, empty when it stands where the declared levels say.
+
+    Several declared nodes on one real one are fine (that is what `local_2x2` is); the other way round, the declared
+    levels would not be the real ones.
+    """
+    node, number = divmod(here.rank, ranks_per_node)
+    if here.num_nodes == 1 or (node, number) == (here.node_rank, here.local_rank):
+        return ""
+    return (
+        f"rank {here.rank} should be number {number} on node {node}, but {here.starter} put it "
+        f"there as number {here.local_rank} on node {here.node_rank}"
+    )
+
+
+def agree(here: RanksHere, ranks_per_node: int, store: Store) -> None:
+    """Wait until every rank is here, and raise ConfigError in all of them when one is `misplaced`. Collective."""
+    store.set(f"place/{here.rank}", misplaced(here, ranks_per_node))
+    if here.rank == 0:
+        rules = (store.get(f"place/{rank}").decode() for rank in range(here.world_size))
+        store.set("verdict", next((rule for rule in list(rules) if rule), ""))
+    rule = store.get("verdict").decode()
+    if rule:
         fix = f"start {ranks_per_node} ranks per node in blocks (srun --distribution=block), or use cluster=auto"
-        raise ConfigError(Problem("cluster.levels", declared, rule, fix))
+        raise ConfigError(Problem("cluster.levels", declared(here.world_size, ranks_per_node), rule, fix))

@@ -162,7 +162,7 @@ def _outcome(job: Job, reports: list[Report], stop: StopRequest) -> Any:
 _meetings: dict[str, Any] = {"store": None, "count": 0}
 
 
-def _meet_here(here: join.RanksHere) -> Store:
+def _meet_here(here: join.RanksHere, ranks_per_node: int) -> Store:
     """A fresh part of this job's one store: a process may join several times, and each time the keys must be new."""
     import torch.distributed as dist
 
@@ -170,7 +170,9 @@ def _meet_here(here: join.RanksHere) -> Store:
         limit = timedelta(seconds=RENDEZVOUS_TIMEOUT_S)
         _meetings["store"] = next(iter(dist.rendezvous("env://", here.rank, here.world_size, timeout=limit)))[0]
     _meetings["count"] += 1
-    return dist.PrefixStore(f"moe_suite/{_meetings['count']}", _meetings["store"])
+    store = dist.PrefixStore(f"moe_suite/{_meetings['count']}", _meetings["store"])
+    join.agree(here, ranks_per_node, store)
+    return store
 
 
 def _join(
@@ -179,7 +181,7 @@ def _join(
     if launch == "netns":
         rule = f"network namespaces are made by a plain start, and {here.starter} started this process"
         raise ConfigError(Problem("cluster.launch", launch, rule, "start without it, or use cluster=auto"))
-    join.check(here, num_ranks, ranks_per_node)
+    join.check_size(here, num_ranks, ranks_per_node)
     os.environ.update({**here.variables(), **env})
     logs = Path(job.log_dir)
     logs.mkdir(parents=True, exist_ok=True)
@@ -198,7 +200,7 @@ def _join(
                 here.local_rank,
                 here.local_world_size,
                 here.node_rank,
-                lambda: _meet_here(here),
+                lambda: _meet_here(here, ranks_per_node),
             )
             if here.rank != 0:
                 return None

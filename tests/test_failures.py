@@ -128,15 +128,16 @@ def test_a_silent_death_is_told_by_the_parent(
     tmp_path: Path, exit_code: int, oom_kills: int, kind: str, reason: str
 ) -> None:
     log = tmp_path / "rank1.log"
-    log.write_text("first\nlast words\n\n")
+    log.write_text("first\nlast words\n\nFatal Python error: Segmentation fault\n\nExtension modules: torch._C\n")
     death = silent_death(1, exit_code, log, 0, oom_kills)
     assert (death.kind, death.reason) == (kind, reason)
 
 
 def test_nccls_watchdog_speaks_only_in_the_log_of_this_run(tmp_path: Path) -> None:
     log = tmp_path / "rank1.log"
-    log.write_text(NCCL_TIMEOUT + "\n")
-    assert silent_death(1, -6, log, 0, 0).kind == "timeout"
+    log.write_text(f"first\n{NCCL_TIMEOUT}\nterminate called after throwing an instance\n")
+    death = silent_death(1, -6, log, 0, 0)
+    assert (death.kind, death.reason) == ("timeout", NCCL_TIMEOUT)
     assert silent_death(1, -6, log, log.stat().st_size, 0).kind == "failed"
 
 

@@ -7,7 +7,7 @@ import socket
 
 import pytest
 
-from experiments.join import RanksHere, check, expand, hostnames, ranks_here, tasks_per_node
+from experiments.join import RanksHere, check_size, expand, hostnames, misplaced, ranks_here, tasks_per_node
 from moe.errors import ConfigError
 
 TORCHRUN = {
@@ -119,14 +119,16 @@ def test_two_brackets_are_left_to_scontrol() -> None:
 def test_the_declared_arrangement_must_be_the_real_one() -> None:
     here = ranks_here(TORCHRUN)
     assert here is not None
-    check(here, 8, 4)
-    with pytest.raises(ConfigError, match=r"cluster\.levels=4 nodes x 2 ranks: rank 5 should be number 1 on node 2"):
-        check(here, 8, 2)
-    with pytest.raises(ConfigError, match=r"the cluster declares 4 ranks but 8 are here, started by torchrun"):
-        check(here, 4, 4)
+    check_size(here, 8, 4)
+    assert misplaced(here, 4) == ""
+    rule = "rank 5 should be number 1 on node 2, but torchrun put it there as number 1 on node 1"
+    assert misplaced(here, 2) == rule
+    message = r"cluster\.levels=1 nodes x 4 ranks: the cluster declares 4 ranks but 8 are here, started by torchrun\."
+    with pytest.raises(ConfigError, match=message):
+        check_size(here, 4, 4)
 
 
 def test_several_declared_nodes_may_lie_on_one_real_one() -> None:
     here = ranks_here(TORCHRUN)
     assert here is not None
-    check(dataclasses.replace(here, local_world_size=8, local_rank=5, node_rank=0, num_nodes=1), 8, 2)
+    assert misplaced(dataclasses.replace(here, local_world_size=8, local_rank=5, node_rank=0, num_nodes=1), 2) == ""

@@ -182,33 +182,51 @@ def test_torchrun_ranks_are_joined_more_than_once(tmp_path: Path) -> None:
     assert outcomes([process]) == [{"values": [[0.0, 100.0], [0.0, 100.0]]}]
 
 
-def slurm_task(task: int) -> dict[str, str]:
-    """The environment of one task of `srun -n2` on one node."""
-    slurm = {
-        "SLURM_JOB_ID": str(os.getpid()),
-        "SLURM_STEP_ID": "0",
-        "SLURM_PROCID": str(task),
-        "SLURM_LOCALID": str(task),
-        "SLURM_NODEID": "0",
-        "SLURM_NTASKS": "2",
-        "SLURM_STEP_NUM_TASKS": "2",
-        "SLURM_STEP_TASKS_PER_NODE": "2",
-        "SLURM_STEP_NODELIST": "surely-no-such-host",
-        "SLURM_LAUNCH_NODE_IPADDR": "127.0.0.1",
-    }
-    return {**os.environ, **slurm, "GLOO_SOCKET_IFNAME": "lo" if sys.platform == "linux" else "lo0"}
+def srun(arguments: str, nodes: int) -> list[dict[str, Any]]:
+    """Outcomes of two tasks with the environment that `srun -n2` gives them on one node or on two."""
+    processes = []
+    for task in range(2):
+        slurm = {
+            "SLURM_JOB_ID": str(os.getpid()),
+            "SLURM_STEP_ID": str(nodes),
+            "SLURM_PROCID": str(task),
+            "SLURM_LOCALID": str(task if nodes == 1 else 0),
+            "SLURM_NODEID": str(0 if nodes == 1 else task),
+            "SLURM_NTASKS": "2",
+            "SLURM_STEP_NUM_TASKS": "2",
+            "SLURM_STEP_TASKS_PER_NODE": "2" if nodes == 1 else "1(x2)",
+            "SLURM_STEP_NODELIST": "surely-no-such-host",
+            "SLURM_LAUNCH_NODE_IPADDR": "127.0.0.1",
+            "GLOO_SOCKET_IFNAME": "lo" if sys.platform == "linux" else "lo0",
+        }
+        command = [sys.executable, "-m", "tests.launch_main", arguments]
+        processes.append(
+            subprocess.Popen(
+                command,
+                cwd=REPOSITORY,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                text=True,
+                env={**os.environ, **slurm},
+            )
+        )
+    return outcomes(processes)
 
 
 def test_srun_ranks_are_joined_and_rank_0_tells_whose_fault_it_was(tmp_path: Path) -> None:
-    arguments = joining(tmp_path, target=f"{FUNCTIONS}:fail", payload={"rank": 1, "how": "raise"}, launch="spawn")
-    command = [sys.executable, "-m", "tests.launch_main", arguments]
-    processes = [
-        subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True, env=slurm_task(task))
-        for task in range(2)
-    ]
-    (outcome,) = outcomes(processes)
+    (outcome,) = srun(joining(tmp_path, target=f"{FUNCTIONS}:fail", payload={"rank": 1, "how": "raise"}), nodes=1)
     assert (outcome["error"], outcome["kind"]) == ("RankFailure", "failed")
     assert re.match(r"rank 1 failed: ValueError: boom", outcome["message"])
+
+
+def test_srun_ranks_in_other_places_than_declared_are_refused_by_all(tmp_path: Path) -> None:
+    arguments = joining(tmp_path, target=f"{FUNCTIONS}:exchange", payload={"numbers": 5}, launch="spawn")
+    (outcome,) = srun(arguments, nodes=2)
+    assert outcome["error"] == "ConfigError"
+    assert outcome["message"] == (
+        "cluster.levels=1 nodes x 2 ranks: rank 1 should be number 1 on node 0, but srun put it there as number 0 on "
+        "node 1. Fix: start 2 ranks per node in blocks (srun --distribution=block), or use cluster=auto"
+    )
 
 
 def test_joining_without_ranks_is_refused(tmp_path: Path) -> None:
