@@ -11,10 +11,10 @@ STAMP := $(VENV)/ready-$(TORCH)
 SOURCES := $(wildcard moe baselines methods experiments analysis slurm tests)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv compare test lint format lock clean
+.PHONY: help venv compare test test-gpu lint format lock clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 $(STAMP): requirements/lock.txt requirements/install.sh
 	@bash requirements/install.sh "$(PYTHON)" "$(VENV)" "$(TORCH)"
@@ -27,6 +27,9 @@ compare: $(STAMP) ## compare the systems on this machine: table and figures in o
 
 test: $(STAMP) ## run the whole test suite
 	$(VENV)/bin/python -m pytest -q $(ARGS)
+
+test-gpu: $(STAMP) ## run the tests that need GPUs, on all GPUs of this machine
+	$(VENV)/bin/python -m pytest -q tests/gpu $(ARGS)
 
 lint: $(STAMP) ## ruff and mypy, all of them even if one complains
 	@failed=; for tool in "ruff check" "ruff format --check"; do \

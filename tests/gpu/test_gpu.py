@@ -1,0 +1,119 @@
+"""The entry points on CUDA: NCCL, bf16, one rank a GPU, over all GPUs of this machine."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+
+from experiments.cli import compose
+from experiments.config import load_run, run_id
+
+SHAPE = (
+    "shapes=[{name: small, tokens_per_rank: 512, model_dim: 256, hidden_dim: 512, num_experts: 16, top_k: 2,"
+    " activation: swiglu}]"
+)
+FEW_STEPS = ["trainer.max_steps=12", "trainer.warmup_steps=2", "trainer.val_every=6", "trainer.checkpoint_every=6"]
+
+
+def run(*arguments: str, launcher: tuple[str, ...] = ()) -> str:
+    """Run a module of the suite; its stdout, or a failure that shows all it said."""
+    command = [*launcher, "-m", *arguments] if launcher else [sys.executable, "-m", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def only(folder: Path, pattern: str) -> Path:
+    """The one path of that pattern."""
+    (found,) = folder.glob(pattern)
+    return found
+
+
+def metrics(folder: Path, system: str) -> pd.DataFrame:
+    """Metrics of a system's one run."""
+    return pd.read_parquet(only(folder, f"{system}-tiny-*") / "metrics.parquet")
+
+
+def losses(table: pd.DataFrame) -> list[float]:
+    """Training loss by step."""
+    return list(table[table["metric"] == "loss"].sort_values("step")["value"])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _gpus() -> None:
+    assert torch.cuda.is_available(), "make test-gpu needs a machine with GPUs"
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("fp32", 1e-5), ("bf16", 2e-2)])
+def test_layers_equal_the_oracle(tmp_path: Path, dtype: str, tolerance: float) -> None:
+    systems = "systems=[flat,allgather,deepspeed,fairscale,reference]"
+    run("experiments.layer", "cluster=auto", f"dtype={dtype}", systems, SHAPE, "rounds=3", f"output_dir={tmp_path}")
+    samples = pd.read_parquet(only(tmp_path, "layer-*") / "samples.parquet")
+    errors = samples[samples["metric"] == "relative_error"]
+    expected = {"flat", "allgather", "deepspeed", "reference"} | ({"fairscale"} if dtype == "fp32" else set())
+    assert set(errors["system"]) == expected
+    assert (errors["value"] <= tolerance).all(), errors
+    refused = samples[samples["metric"] == "status"]
+    assert set(refused["system"]) == set() if dtype == "fp32" else {"fairscale"}
+    timed = samples[samples["system"].isin(expected)]
+    for metric in ("step_time", "peak_memory"):
+        assert (timed[timed["metric"] == metric]["value"] > 0).all()
+    forward = timed[(timed["metric"] == "stage_time") & (timed["part"] == "forward/experts")]
+    assert (forward["value"] > 0).all()
+    assert set(forward["system"]) == expected
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs of three systems."""
+    folder = tmp_path_factory.mktemp("trained")
+    run("experiments.train", "-m", "system=flat,deepspeed,reference", "cluster=auto", *FEW_STEPS, f"output_dir={folder}")
+    return folder
+
+
+def test_training_takes_nccl_and_bf16(trained: Path) -> None:
+    reference = losses(metrics(trained, "reference"))
+    for system in ("flat", "deepspeed"):
+        folder = only(trained, f"{system}-tiny-*")
+        config: dict[str, Any] = load_run(compose("train", [f"system={system}", "cluster=auto"])).model_dump()
+        assert config["trainer"]["precision"] == "bf16"
+        assert config["cluster"]["device"] == "cuda"
+        assert json.loads((folder / "status.json").read_text())["status"] == "done"
+        values = losses(metrics(trained, system))
+        assert values[-1] < values[0]
+        assert values == pytest.approx(reference, rel=5e-3)
+
+
+def test_resumes_on_another_world_size(trained: Path, tmp_path: Path) -> None:
+    source = only(trained, "flat-tiny-*")
+    more = [*FEW_STEPS[1:], "trainer.max_steps=14", f"trainer.resume_from={source}", f"output_dir={tmp_path}"]
+    run("experiments.train", "cluster=local_1", *more)
+    table = metrics(tmp_path, "flat")
+    steps = table[table["metric"] == "loss"]["step"]
+    assert sorted(steps) == [12, 13]
+    assert losses(table)[0] == pytest.approx(losses(metrics(trained, "flat"))[-1], rel=0.05)
+
+
+def test_torchrun_joins(tmp_path: Path) -> None:
+    launcher = ("torchrun", "--nproc-per-node", str(torch.cuda.device_count()))
+    overrides = ["system=flat", "cluster=auto", *FEW_STEPS, f"output_dir={tmp_path}"]
+    run("experiments.train", *overrides, launcher=launcher)
+    assert len(losses(metrics(tmp_path, "flat"))) == 12
+
+
+def test_run_ids_tell_the_device() -> None:
+    on_cuda = run_id(load_run(compose("train", ["cluster=auto"])))
+    on_cpu = run_id(load_run(compose("train", ["cluster=auto", "cluster.device=cpu"])))
+    assert on_cuda != on_cpu
+
+
+def test_comm_measures_every_level(tmp_path: Path) -> None:
+    run("experiments.comm", "cluster=auto", f"output_dir={tmp_path}")
+    assert only(tmp_path, "comm-*/cluster.yaml").read_text().count("beta_s_per_byte") >= 1
