@@ -38,7 +38,7 @@ class Recorder(L.Callback):
 
     Attributes:
         stopped: all ranks agreed to stop.
-        harness_s: seconds that recording took since the last logged step.
+        recording_s: seconds that the last logged step's recording took.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class Recorder(L.Callback):
         self.counts: list[np.ndarray] = []
         self.counted_steps: list[int] = []
         self.sample: tuple[int, np.ndarray] | None = None
-        self.harness_s = 0.0
+        self.recording_s = 0.0
         self._interval_start = self._interval_step = 0.0
         if info.rank == 0 and start_step:
             self._recall(start_step)
@@ -93,24 +93,27 @@ class Recorder(L.Callback):
         if self.mesh.device.type == "cuda":
             torch.cuda.synchronize()
         started = time.perf_counter()
-        step_s = (started - self._interval_start) / (done - self._interval_step)
-        gathered = self._gather(module, step_s)
+        num_steps = done - self._interval_step
+        step_s = (started - self._interval_start) / num_steps
+        harness_s = step_s - module.work_s / num_steps + self.recording_s / num_steps
+        module.work_s = 0.0
+        gathered = self._gather(module, step_s, harness_s)
         self.stopped = bool(gathered[:, 0].any())
         if self.info.rank == 0:
             self._record(done - 1, gathered, module, trainer)
         if done == self.config.trainer.max_steps:
             self._sample_routing(done - 1, module, batch)
-        self.harness_s = time.perf_counter() - started
+        self.recording_s = time.perf_counter() - started
         self.restart_interval(done)
 
     def restart_interval(self, step: int) -> None:
         """Start the clock anew at `step`: what was done since the last step is not part of the next one."""
         self._interval_start, self._interval_step = time.perf_counter(), step
 
-    def _gather(self, module: LanguageModel, step_s: float) -> Tensor:
+    def _gather(self, module: LanguageModel, step_s: float, harness_s: float) -> Tensor:
         """[W, n] float64 on the CPU: the numbers of every rank. Collective."""
         losses = module.losses
-        scalars = [float(self.info.stop_requested()), step_s, self.harness_s]
+        scalars = [float(self.info.stop_requested()), step_s, harness_s]
         tensors = [losses.cross_entropy, losses.aux_loss, *(output.num_dropped for output in losses.moe)]
         parts = [torch.tensor(scalars, dtype=torch.float64), *(t.detach().double().cpu().view(1) for t in tensors)]
         parts.append(self.meter.as_tensor().flatten())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from typing import Any
 
 import lightning as L
@@ -27,6 +29,7 @@ class LanguageModel(L.LightningModule):
     Attributes:
         losses: of the last training step.
         grad_norm: of the last training step before clipping, scalar tensor.
+        work_s: seconds of forward, backward, reduction and optimizer since somebody last set it to 0.
     """
 
     losses: Losses
@@ -38,11 +41,20 @@ class LanguageModel(L.LightningModule):
         self.sync = sync
         self.trainer_config = trainer_config
         self.aux_loss_weight = aux_loss_weight
+        self.work_s = 0.0
 
     def training_step(self, batch_BS: Tensor, batch_index: int) -> Tensor:
         """Loss of this rank's rows [B, S + 1] of the global batch."""
         self.losses = losses = self.gpt(batch_BS[:, :-1], batch_BS[:, 1:])
         return losses.cross_entropy + self.aux_loss_weight * losses.aux_loss
+
+    def optimizer_step(
+        self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any] | None = None
+    ) -> None:
+        """Forward, backward and update: the model's own work, timed."""
+        started = time.perf_counter()
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        self.work_s += time.perf_counter() - started
 
     def configure_optimizers(self) -> Any:
         """AdamW (no decay on vectors), linear warm-up, cosine decay."""
