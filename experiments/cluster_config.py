@@ -25,6 +25,14 @@ class LevelConfig(BaseModel):
     beta_s_per_byte: float | None = Field(default=None, ge=0, allow_inf_nan=False, description="null: not measured")
 
 
+class CopyConfig(BaseModel):
+    """A copy that leaves no device; n bytes cost alpha_s + n * beta_s_per_byte."""
+
+    model_config = STRICT
+    alpha_s: float = Field(ge=0, allow_inf_nan=False, examples=[1e-6], description="seconds")
+    beta_s_per_byte: float = Field(ge=0, allow_inf_nan=False, examples=[1e-10])
+
+
 class ClusterConfig(BaseModel):
     """conf/cluster: which ranks there are, how a plain start gets them, and what a level stands for."""
 
@@ -33,6 +41,7 @@ class ClusterConfig(BaseModel):
     levels: list[LevelConfig] | None = Field(
         default=None, description="innermost first; null: as launched, or as local GPUs"
     )
+    local_copy: CopyConfig | None = Field(default=None, description="the level `self`; null: not measured")
     launch: Literal["spawn", "netns", "join"] = Field(
         "spawn", description="join: torchrun or srun must start the ranks"
     )
@@ -78,4 +87,6 @@ def cluster_from(config: ClusterConfig) -> Cluster:
     """The cluster as the rest of the suite knows it, with the level `self` innermost."""
     levels = config.levels or derived_levels()
     above = [Level(level.name, level.fanout, level.alpha_s, level.beta_s_per_byte) for level in levels]
-    return Cluster(config.name, (Level("self", 1), *above), config.emulation)
+    copy = config.local_copy
+    itself = Level("self", 1) if copy is None else Level("self", 1, copy.alpha_s, copy.beta_s_per_byte)
+    return Cluster(config.name, (itself, *above), config.emulation)

@@ -62,7 +62,7 @@ __all__ = [
     "run_id",
 ]
 
-COSMETIC = ("force", "output_dir", "trainer.progress", "trainer.timeout_s", "data.cache_dir")
+COSMETIC = ("force", "output_dir", "trainer.progress", "trainer.timeout_s", "data.cache_dir", "write_to")
 """Keys that change no number of a run, and so not its id."""
 
 

@@ -162,6 +162,7 @@ class CommRunConfig(BaseModel):
     repeats: int = Field(ge=1, examples=[10])
     warmup: int = Field(ge=0, examples=[3])
     write_to: str | None = Field(default=None, min_length=1, examples=["conf/cluster/mine.yaml"])
+    force: bool = False
     output_dir: str = Field(default="outputs", min_length=1)
 
 

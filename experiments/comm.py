@@ -1,0 +1,203 @@
+"""Measures the cluster: `python -m experiments.comm cluster=local_2x2 write_to=conf/cluster/mine.yaml`.
+
+For every level, latency (alpha) and inverse bandwidth (beta) of a message between two ranks, while all pairs of that
+level are busy at once: each rank sends and receives one message at the same time (`batch_isend_irecv`, under gloo and
+NCCL alike), so beta is that of a two-way exchange and holds the contention of the ranks that share a link. The level
+`self` is a copy within a rank's own memory, all ranks copying at once. All levels and sizes take turns (1 2 3, then 2 3
+1, ...), the slowest rank counts, then the median over repeats, and `moe.costs.fit_alpha_beta` fits the line. An
+all-to-all over all ranks, measured in the same turns, stands beside what the fitted costs predict for it.
+
+Writes comm.parquet (every timing) and cluster.yaml into outputs/<run id>/, and with `write_to=FILE` also there: a file
+of conf/cluster, which other runs name as `cluster=mine`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import pyarrow.parquet as pq
+import yaml
+
+from experiments.bench_run import BenchRun
+from experiments.cli import hydra_main
+from experiments.comm_bench import CommRow
+from experiments.config import COSMETIC, ClusterConfig, CommRunConfig, cluster_from
+from experiments.launch import is_main_process
+from experiments.results import atomic_write, write_table
+from experiments.samples import footer_of
+from moe.costs import AlphaBeta, fit_alpha_beta, slowest_pair_s
+from moe.errors import ConfigError, Problem
+from moe.topology import Cluster
+
+COLLECTIVE_TIMEOUT_S = 600.0
+DIGITS = 5
+"""Significant digits of what is written: far more than a measurement has."""
+
+
+@hydra_main("comm")
+def main(config: CommRunConfig, overrides: list[str]) -> None:
+    """Measure unless that is done already, write the cluster's files, print the tables."""
+    run = BenchRun(config, overrides)
+    table = run.dir.path / "comm.parquet"
+    _check_target(config, run, table)
+    if run.must_run(config.force or not table.exists()):
+        rows = run.launch("experiments.comm_bench:measure", {}, timeout_s=COLLECTIVE_TIMEOUT_S)
+        if is_main_process():
+            footer = footer_of("measured", cluster_from(config.cluster), run_id=run.dir.path.name)
+            write_table(table, CommRow, rows, footer)
+            run.dir.set_status("done")
+    if is_main_process():
+        _report(config, run, read_rows(table))
+
+
+def _report(config: CommRunConfig, run: BenchRun, rows: list[CommRow]) -> None:
+    costs = level_costs(rows)
+    written = [(run.dir.path / "cluster.yaml", cluster_yaml(config.cluster, config.cluster.name, costs, run))]
+    if config.write_to is not None:
+        target = Path(config.write_to).expanduser()
+        written.append((target, cluster_yaml(config.cluster, target.stem, costs, run)))
+    for path, text in written:
+        with atomic_write(path) as file:
+            file.write(text.encode())
+    print(format_costs(cluster_from(config.cluster), costs), end="")
+    print(format_check(rows, costs), end="")
+    print(f"results: {', '.join(str(path) for path in (run.dir.path, *(path for path, _ in written[1:])))}", flush=True)
+
+
+def read_rows(table: Path) -> list[CommRow]:
+    """The timings that a run wrote."""
+    return [CommRow(**row) for row in pq.read_table(table, columns=list(CommRow._fields)).to_pylist()]
+
+
+def medians(rows: Sequence[CommRow], pattern: str, level: str) -> dict[int, float]:
+    """Median seconds by message size; empty when this pattern was not measured at this level."""
+    chosen = [row for row in rows if (row.pattern, row.level) == (pattern, level)]
+    sizes = sorted({row.size_bytes for row in chosen})
+    return {size: median(row.seconds for row in chosen if row.size_bytes == size) for size in sizes}
+
+
+def level_costs(rows: Sequence[CommRow]) -> dict[str, AlphaBeta]:
+    """The fitted cost of every level that was measured, `self` first, by name."""
+    costs = {}
+    for pattern, level in dict.fromkeys((row.pattern, row.level) for row in rows if row.pattern != "all_to_all"):
+        times = medians(rows, pattern, level)
+        costs[level] = fit_alpha_beta(list(times), list(times.values()))
+    return costs
+
+
+def format_costs(cluster: Cluster, costs: dict[str, AlphaBeta]) -> str:
+    """The table of levels; a level of one group of the level below has no pairs, and dashes."""
+    lines = [f"{'level':<12}{'ranks':>6}{'alpha us':>12}{'beta ns/byte':>15}{'GB/s':>10}{'r2':>9}"]
+    for index, level in enumerate(cluster.levels):
+        line = f"{level.name:<12}{cluster.group_size(index):>6}"
+        cost = costs.get(level.name)
+        if cost is None:
+            lines.append(f"{line}{'-':>12}{'-':>15}{'-':>10}{'-':>9}")
+            continue
+        beta = cost.beta_s_per_byte
+        lines.append(f"{line}{cost.alpha_s * 1e6:>12.2f}{beta * 1e9:>15.4g}{1e-9 / beta:>10.4g}{cost.r2:>9.4f}")
+    return "\n".join(lines) + "\n"
+
+
+def format_check(rows: Sequence[CommRow], costs: dict[str, AlphaBeta]) -> str:
+    """The all-to-all over all ranks, measured and as the slowest pair predicts it; empty for one rank."""
+    times = medians(rows, "all_to_all", "")
+    if not times:
+        return ""
+    crossed = [cost for level, cost in costs.items() if level != "self"]
+    lines = [
+        "check: an even all-to-all over all ranks. The slowest pair leaves out that a rank's messages share its link:",
+        f"{'bytes a pair':>14}{'measured us':>14}{'slowest pair us':>18}{'ratio':>8}",
+    ]
+    for size, seconds in times.items():
+        predicted = slowest_pair_s(crossed, size)
+        lines.append(f"{size:>14}{seconds * 1e6:>14.1f}{predicted * 1e6:>18.1f}{seconds / predicted:>8.2f}")
+    return "\n".join(lines) + "\n"
+
+
+def cluster_yaml(cluster: ClusterConfig, name: str, costs: dict[str, AlphaBeta], run: BenchRun) -> str:
+    """A file of conf/cluster: the cluster that was measured, with the costs of its levels.
+
+    Args:
+        cluster: as it was measured, its levels and device settled.
+        name: of the new file.
+        costs: of its levels; one that is missing keeps null.
+        run: says in the header when, by which command and on what it was measured.
+    """
+    content = {**cluster.model_dump(mode="json"), "name": name, "local_copy": _numbers(costs["self"])}
+    content["levels"] = [{**level, **_numbers(costs.get(level["name"]))} for level in content["levels"]]
+    ClusterConfig.model_validate(content)
+    lines = _header(run)
+    for key, value in content.items():
+        if key == "levels":
+            lines += ["levels:", *(f"  - {_flow(level)}{_r2(costs.get(level['name']))}" for level in value)]
+        elif key == "local_copy":
+            lines.append(f"local_copy: {_flow(value)}{_r2(costs['self'])}")
+        else:
+            lines += yaml.safe_dump({key: value}, width=10_000, allow_unicode=True).splitlines()
+    return "\n".join(lines) + "\n"
+
+
+def _header(run: BenchRun) -> list[str]:
+    manifest = run.dir.read_manifest()
+    hardware = manifest["hardware"]
+    gpus = [f"{hardware['gpus'].count(gpu)} x {gpu}" for gpu in dict.fromkeys(hardware["gpus"])]
+    given = [text for text in run.overrides if text.partition("=")[0].lstrip("+") not in COSMETIC]
+    machine = [hardware["system"], hardware["cpu"], f"{hardware['cores']} cores", *gpus]
+    return [
+        f"# Measured on {manifest['started']} by: {' '.join(['python -m experiments.comm', *given])}",
+        f"# Rank 0's machine: {', '.join(machine)}; torch {manifest['versions']['torch']}",
+        "# Costs of one message while all pairs of its level exchange at once, both ways, so contention is in beta.",
+    ]
+
+
+def _numbers(cost: AlphaBeta | None) -> dict[str, float | None]:
+    if cost is None:
+        return {"alpha_s": None, "beta_s_per_byte": None}
+    rounded = [float(f"{value:.{DIGITS}g}") for value in (cost.alpha_s, cost.beta_s_per_byte)]
+    return {"alpha_s": rounded[0], "beta_s_per_byte": rounded[1]}
+
+
+def _flow(mapping: dict[str, Any]) -> str:
+    """A mapping on one line, as the files of conf/ have it."""
+    return str(
+        yaml.safe_dump(mapping, default_flow_style=True, sort_keys=False, width=10_000, allow_unicode=True)
+    ).strip()
+
+
+def _r2(cost: AlphaBeta | None) -> str:
+    return "  # no pairs to measure" if cost is None else f"  # r2 {cost.r2:.4f}"
+
+
+def _check_target(config: CommRunConfig, run: BenchRun, table: Path) -> None:
+    """Raise ConfigError for a `write_to` that can't be written, before anything is measured."""
+    if config.write_to is None:
+        return
+    target = Path(config.write_to).expanduser()
+    rule, fix = "", "name a new file, for example write_to=conf/cluster/mine.yaml"
+    if target.suffix != ".yaml":
+        rule = "is the file of a cluster, and its name ends in .yaml"
+    elif not target.parent.is_dir():
+        rule = f"there is no folder {target.parent.absolute()}"
+        fix = f"make it, or {fix}"
+    elif target.exists() and not config.force and not _is_ours(target, config, run, table):
+        rule = "exists, and is not replaced unasked"
+        fix = f"{fix}, or set force=true to measure again and replace it"
+    if rule:
+        raise ConfigError(Problem("write_to", config.write_to, rule, fix))
+
+
+def _is_ours(target: Path, config: CommRunConfig, run: BenchRun, table: Path) -> bool:
+    """Whether the file is just what this run, complete already, would write."""
+    status = run.dir.status()
+    if status is None or status.status != "done" or not table.exists():
+        return False
+    text = cluster_yaml(config.cluster, target.stem, level_costs(read_rows(table)), run)
+    return target.is_file() and target.read_bytes() == text.encode()
+
+
+if __name__ == "__main__":
+    main()
