@@ -1,0 +1,60 @@
+"""What the bar figures share: one row per system, with the reason where there is no number."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pandas as pd
+from matplotlib.axes import Axes
+
+from analysis.comparison import Comparison
+from analysis.style import GREY, shortened
+
+ROW_INCHES = 0.23
+
+
+def cell(summary: pd.DataFrame, system: str, metric: str) -> pd.Series | None:
+    """The summary row of one system and metric, None when there is none."""
+    found = summary[(summary["system"] == system) & (summary["metric"] == metric)]
+    return found.iloc[0] if len(found) else None
+
+
+def system_rows(axes: Axes, comparison: Comparison) -> None:
+    """One tick per system, first on top, named `flat (native)`."""
+    axes.set_yticks(range(len(comparison.systems)), [comparison.label(system) for system in comparison.systems])
+    axes.set_ylim(len(comparison.systems) - 0.45, -0.55)
+    axes.tick_params(axis="y", length=0)
+
+
+def no_number(axes: Axes, row: int, reason: str, length: int = 52) -> None:
+    """Write the reason into a system's row, from the left edge on."""
+    axes.text(
+        0.015,
+        row,
+        shortened(reason, length),
+        transform=axes.get_yaxis_transform(),
+        va="center",
+        fontsize=5.5,
+        style="italic",
+        color=GREY,
+    )
+
+
+def partial(summary: pd.DataFrame, systems: Sequence[str], metric: str) -> str:
+    """A sentence naming the systems whose number rests on fewer seeds or rounds than planned; "" when none does."""
+    told = []
+    for system in systems:
+        row = cell(summary, system, metric)
+        if row is not None and pd.notna(row["value"]) and row["status"] != "ok":
+            told.append(f"{system}: {row['status']}")
+    return f"Incomplete: {'; '.join(told)}." if told else ""
+
+
+def timed(comparison: Comparison) -> str:
+    """What one timed step is, as a sentence."""
+    return f"Timed step: {comparison.timed_step}." if comparison.timed_step else ""
+
+
+def where(comparison: Comparison) -> str:
+    """The cluster of a comparison and what stands in for it, as a sentence."""
+    return ": ".join(part for part in (comparison.cluster, comparison.emulation) if part).rstrip(".") + "."

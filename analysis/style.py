@@ -1,0 +1,179 @@
+"""How every figure looks: one palette, one size, a system's colour and marker for life, and what each panel must say.
+
+Colours are Okabe and Ito's (2008), told apart with every common colour blindness, then Tol's muted set for the systems
+that rarely stand beside the first ones. A marker goes with each colour, so that no figure depends on colour alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib as mpl
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg, RendererAgg
+from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+from analysis.files import whole_file
+
+COLUMN_INCHES = 3.4
+"""Width of one column of a two-column paper; figures are made at print size, so that a point is a point."""
+
+DPI = 200
+_CAPTION_POINTS = 5.2
+GREY = "#5f5f5f"
+PALE = "#b8b8b8"
+OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#000000")
+
+
+class Look(NamedTuple):
+    """How one system is drawn, in every figure."""
+
+    colour: str
+    marker: str
+
+
+KNOWN = {
+    "reference": Look("#000000", "D"),
+    "flat": Look("#0072B2", "o"),
+    "deepspeed": Look("#D55E00", "s"),
+    "fairscale": Look("#009E73", "^"),
+    "tutel": Look("#E69F00", "v"),
+    "fastmoe": Look("#CC79A7", "P"),
+    "megatron": Look("#56B4E9", "X"),
+    "fastermoe": Look("#999933", "<"),
+    "smartmoe": Look("#44AA99", ">"),
+    "flexmoe": Look("#DDCC77", "d"),
+    "ta_moe": Look("#882255", "*"),
+    "hiermoe": Look("#332288", "h"),
+    "swiftmoe": Look("#CC6677", "p"),
+    "fsmoe": Look("#661100", "8"),
+    "combined": Look("#777777", "H"),
+}
+_MARKERS = ("o", "s", "^", "v", "P", "X", "<", ">", "D", "d", "*", "h", "p")
+_FREE = [Look(colour, marker) for colour in OKABE_ITO for marker in _MARKERS]
+_FREE = [look for look in _FREE if look not in KNOWN.values()]
+
+STAGE_COLOURS = {"gate": "#DDAA33", "dispatch": "#6699CC", "experts": "#BBBBBB", "combine": "#004488"}
+"""Tol's high-contrast set and its light companions: stages are no systems and share no colour with one."""
+
+
+def look_of(system: str) -> Look:
+    """Colour and marker of a system: fixed for known ones, for others a function of the name alone."""
+    if system in KNOWN:
+        return KNOWN[system]
+    digest = hashlib.sha256(system.encode()).digest()
+    return _FREE[int.from_bytes(digest[:4], "big") % len(_FREE)]
+
+
+_SETTINGS = {
+    "font.family": "DejaVu Sans",  # ships with matplotlib: the same glyphs on every machine
+    "font.size": 7,
+    "axes.labelsize": 7,
+    "axes.titlesize": 7,
+    "axes.titlepad": 4,
+    "axes.labelpad": 2.5,
+    "axes.linewidth": 0.6,
+    "axes.edgecolor": "#333333",
+    "xtick.labelsize": 6.5,
+    "ytick.labelsize": 6.5,
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
+    "xtick.major.size": 2.5,
+    "ytick.major.size": 2.5,
+    "xtick.major.pad": 2,
+    "ytick.major.pad": 2,
+    "grid.linewidth": 0.4,
+    "grid.color": "#e3e3e3",
+    "legend.fontsize": 6.5,
+    "legend.frameon": False,
+    "legend.handlelength": 1.4,
+    "legend.columnspacing": 1.2,
+    "legend.handletextpad": 0.5,
+    "legend.borderaxespad": 0.2,
+    "hatch.linewidth": 0.5,
+    "lines.linewidth": 1.0,
+    "pdf.fonttype": 42,  # TrueType, so that the text of a figure stays text
+    "ps.fonttype": 42,
+    "svg.hashsalt": "moe",
+    "figure.dpi": DPI,
+}
+
+
+@contextmanager
+def suite_style() -> Iterator[None]:
+    """Draw inside this block: the suite's style, restored to the caller's afterwards (a notebook keeps its own)."""
+    with mpl.rc_context():
+        sns.set_theme(context="paper", style="ticks", rc=_SETTINGS)
+        yield
+
+
+def new_figure(height_inches: float, **subplots: Any) -> tuple[Figure, list[Axes]]:
+    """A figure one column wide with a list of its panels; `subplots` goes to `Figure.subplots`.
+
+    Made without pyplot: no global list of figures, no display, and a notebook's backend stays as it is.
+    """
+    layout = ConstrainedLayoutEngine(w_pad=0.02, h_pad=0.03, hspace=0.06, wspace=0.05)
+    figure = Figure(figsize=(COLUMN_INCHES, height_inches), layout=layout)
+    FigureCanvasAgg(figure)
+    return figure, list(figure.subplots(squeeze=False, **subplots).flat)
+
+
+def panel(axes: Axes, title: str, kind: str, grid: str = "x") -> None:
+    """Head of a panel: its title on the left, `measured`, `modelled` or `simulated` on the right; grid and spines."""
+    axes.set_title(title, loc="left", fontweight="bold")
+    axes.set_title(
+        kind,
+        loc="right",
+        fontsize=5.5,
+        color=GREY,
+        bbox={"boxstyle": "round,pad=0.25,rounding_size=0.6", "facecolor": "#f1f1f1", "edgecolor": "none"},
+    )
+    axes.grid(True, axis=grid)  # type: ignore[arg-type]
+    axes.set_axisbelow(True)
+    sns.despine(ax=axes)
+
+
+def caption(figure: Figure, *sentences: str) -> None:
+    """Small print below the panels, wrapped to the figure's width: what the figure can't show, such as the cluster."""
+    words = " ".join(sentence for sentence in sentences if sentence).split()
+    font = FontProperties(family="DejaVu Sans", size=_CAPTION_POINTS)
+    renderer = RendererAgg(1, 1, 72)  # only to measure text: points, as 72 make an inch
+    lines: list[str] = []
+    for word in words:
+        longer = f"{lines[-1]} {word}" if lines else word
+        width_inches = renderer.get_text_width_height_descent(longer, font, False)[0] / 72
+        if lines and width_inches < 0.975 * figure.get_figwidth():
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    text = "\n".join(lines)
+    figure.supxlabel(text, x=0.01, ha="left", fontsize=_CAPTION_POINTS, color=GREY, linespacing=1.25)
+
+
+def shortened(text: str, length: int) -> str:
+    """Text of at most `length` characters, cut at a word with an ellipsis."""
+    return textwrap.shorten(text, length, placeholder=" …") if len(text) > length else text
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure as `path`.png (200 dots per inch) and `path`.pdf (vector).
+
+    The same data give the same bytes: no date is stored.
+
+    Raises:
+        ResultsError: the file system refused; older figures are left whole.
+    """
+    # Laid out once: both files show the same picture, and text keeps its place whatever the format's own metrics.
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+    for suffix, metadata in ((".png", {"Software": None}), (".pdf", {"CreationDate": None})):
+        with whole_file(path.with_name(path.name + suffix)) as temporary:
+            figure.savefig(temporary, dpi=DPI, format=suffix[1:], metadata=metadata)
