@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from experiments.cluster_config import derived_levels, gpus_suffice
-from experiments.join import check, ranks_here
+from experiments.join import check_size, ranks_here
 from moe.errors import ConfigError, Problem
 
 
@@ -210,7 +210,7 @@ def _ranks(values: Values, launch: Any, device: Any) -> Iterator[Problem]:
         return
     if here is not None and values.raw("cluster.levels"):
         try:
-            check(here, world_size, values.own("cluster.levels.0.fanout") or 1)
+            check_size(here, world_size, values.own("cluster.levels.0.fanout") or 1)
         except ConfigError as error:
             yield from error.problems
     if device == "cuda" and launch != "netns" and not gpus_suffice(world_size):
