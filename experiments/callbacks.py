@@ -134,7 +134,7 @@ class Recorder(L.Callback):
         self._add(step, "aux_loss", float(aux_loss.mean()), "1")
         self._add(step, "dropped_copies", float(dropped.sum()), "copies/step")
         self._add(step, "grad_norm", float(module.grad_norm), "1")
-        self._add(step, "learning_rate", float(trainer.lr_scheduler_configs[0].scheduler.get_last_lr()[0]), "1")
+        self._add(step, "learning_rate", module.learning_rate, "1")
         self._add(step, "step_time", slowest, "s")
         self._add(step, "tokens_per_s", num_tokens / slowest, "tokens/s")
         self._add(step, "harness_time", float(harness_s.max()), "s")

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 import lightning as L
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -29,11 +28,13 @@ class LanguageModel(L.LightningModule):
     Attributes:
         losses: of the last training step.
         grad_norm: of the last training step before clipping, scalar tensor.
+        learning_rate: of the last training step.
         work_s: seconds of forward, backward, reduction and optimizer since somebody last set it to 0.
     """
 
     losses: Losses
     grad_norm: Tensor
+    learning_rate: float
 
     def __init__(self, gpt: GPT, sync: GradientSync, trainer_config: TrainerConfig, aux_loss_weight: float) -> None:
         super().__init__()
@@ -57,10 +58,14 @@ class LanguageModel(L.LightningModule):
         self.work_s += time.perf_counter() - started
 
     def configure_optimizers(self) -> Any:
-        """AdamW (no decay on vectors), linear warm-up, cosine decay."""
-        optimizer = build_optimizer(self.gpt, self.trainer_config)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(step, self.trainer_config))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        """AdamW, no decay on vectors."""
+        return build_optimizer(self.gpt, self.trainer_config)
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Set the learning rate: a function of the step alone, so that a resumed run needs no scheduler's state."""
+        self.learning_rate = self.trainer_config.lr * lr_factor(self.trainer.global_step, self.trainer_config)
+        for group in optimizer.param_groups:
+            group["lr"] = self.learning_rate
 
     def configure_gradient_clipping(
         self,
