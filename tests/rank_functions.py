@@ -31,6 +31,8 @@ def introduce(payload: dict[str, Any], info: RankInfo) -> list[dict[str, Any]]:
         "stop": info.stop_requested(),
         "threads": os.environ.get("OMP_NUM_THREADS"),
         "extra": os.environ.get("EXTRA"),
+        "ctrl_c_ignored": signal.getsignal(signal.SIGINT) is signal.SIG_IGN,
+        "blocked": [int(number) for number in signal.pthread_sigmask(signal.SIG_BLOCK, [])],
     }
     gathered: list[dict[str, Any]] = [{} for _ in range(info.world_size)]
     dist.all_gather_object(gathered, mine)

@@ -17,6 +17,8 @@ from typing import Any
 import pytest
 import torch
 
+from experiments import launch
+from experiments.join import RanksHere
 from experiments.launch import RankFailure, is_main_process, run_ranks
 from moe.errors import ConfigError, Refused
 
@@ -67,6 +69,8 @@ def test_every_rank_runs_and_rank_0_answers(
         assert (person["world_size"], person["local_world_size"]) == (4, 2)
         assert (person["device"], person["threads"], person["extra"]) == ("cpu", "1", "yes")
         assert person["stop"] is False
+        assert person["ctrl_c_ignored"]
+        assert person["blocked"] == []
     assert capfd.readouterr().out == "hello from rank 0\n"
     for rank in range(4):
         log = (tmp_path / f"rank{rank}.log").read_text()
@@ -227,6 +231,15 @@ def test_srun_ranks_in_other_places_than_declared_are_refused_by_all(tmp_path: P
         "cluster.levels=1 nodes x 2 ranks: rank 1 should be number 1 on node 0, but srun put it there as number 0 on "
         "node 1. Fix: start 2 ranks per node in blocks (srun --distribution=block), or use cluster=auto"
     )
+
+
+def test_every_joining_has_keys_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(launch._meetings, "store", torch.distributed.HashStore())
+    here = RanksHere("torchrun", 0, 1, 0, 1, 0, 1, "", "")
+    first, second = launch._meet_here(here, 1), launch._meet_here(here, 1)
+    first.set("key", "value")
+    assert first.check(["key"])
+    assert not second.check(["key"])
 
 
 def test_joining_without_ranks_is_refused(tmp_path: Path) -> None:
