@@ -21,6 +21,7 @@ FOOTER_KEY = b"moe_suite"
 STATUSES = ("running", "done", "failed", "oom", "refused", "timeout", "interrupted")
 RUN_COLUMNS = ("step", "metric", "part", "value", "unit")
 SAMPLE_COLUMNS = ("system", "implementation", "shape", "workload", "seed", "round", "metric", "part", "value", "unit")
+PROBLEM_COLUMNS = ("shape", "workload", "system", "implementation", "seed", "status", "reason")
 UNKNOWN = "unknown"
 
 _INTEGERS = {"step", "seed", "round"}
@@ -66,13 +67,21 @@ class Run:
     @property
     def level_names(self) -> list[str]:
         """Names of the cluster's levels, innermost first, without the rank itself; empty when nothing says them."""
-        for source in (self.manifest, self.config):
-            cluster = source.get("cluster")
-            levels = cluster.get("levels") if isinstance(cluster, dict) else None
-            names = [level["name"] for level in levels or [] if isinstance(level, dict) and "name" in level]
+        for cluster in self._clusters():
+            levels = cluster.get("levels") or []
+            names = [level["name"] for level in levels if isinstance(level, dict) and "name" in level]
             if names:
                 return [name for name in names if name != "self"]
         return []
+
+    def declared(self, key: str) -> str:
+        """`cluster` (its name) or `emulation` as manifest.json or config.yaml declare it; "" when neither does."""
+        field_name = "name" if key == "cluster" else key
+        return next((str(cluster[field_name]) for cluster in self._clusters() if cluster.get(field_name)), "")
+
+    def _clusters(self) -> list[dict[str, Any]]:
+        clusters = (self.manifest.get("cluster"), self.config.get("cluster"))
+        return [cluster for cluster in clusters if isinstance(cluster, dict)]
 
 
 @dataclass(frozen=True)
@@ -84,8 +93,8 @@ class Samples:
         status, reason: `done`, `missing` or `corrupt`, and why.
         metadata: the footer of samples.parquet.
         table: columns as SAMPLE_COLUMNS, status rows left out.
-        problems: columns system, implementation, seed, status, reason: one row per system and seed that has a status
-            row, such as a refusal.
+        problems: columns as PROBLEM_COLUMNS: one row per shape, workload, system and seed that has a status row, such
+            as a refusal.
     """
 
     path: Path
@@ -93,9 +102,7 @@ class Samples:
     reason: str = ""
     metadata: dict[str, Any] = field(default_factory=dict)
     table: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=list(SAMPLE_COLUMNS)))
-    problems: pd.DataFrame = field(
-        default_factory=lambda: pd.DataFrame(columns=["system", "implementation", "seed", "status", "reason"])
-    )
+    problems: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=list(PROBLEM_COLUMNS)))
 
 
 def one_line(text: object) -> str:
@@ -277,9 +284,9 @@ def load_samples(path: Path) -> Samples:
     if len(twice):
         cell = ", ".join(f"{name}={twice.iloc[0][name]}" for name in key)
         raise ResultsError(f"{file}: the cell {cell} stands there twice. Fix: measure again into an empty folder.")
-    told = frame[is_status].drop_duplicates(["system", "seed"])
+    told = frame[is_status].drop_duplicates(list(PROBLEM_COLUMNS[:-2]))
     words = [str(text).partition(":") for text in told["part"]]
-    problems = told[["system", "implementation", "seed"]].assign(
+    problems = told[list(PROBLEM_COLUMNS[:-2])].assign(
         status=[status.strip() for status, _, _ in words],
         reason=[one_line(reason) or "no reason was recorded" for _, _, reason in words],
     )

@@ -253,7 +253,11 @@ class Progress:
         self.label = f"{config.system.name} seed {config.seed}"
         self.every = max(1, self.total // 10)
         self.write = write or (lambda line: print(line, flush=True))
-        self.bar = tqdm(total=self.total, initial=start_step, desc=self.label, unit="step") if style == "bar" else None
+        self.bar = (
+            tqdm(total=self.total, initial=start_step, desc=self.label, unit="step", file=sys.stdout)
+            if style == "bar"
+            else None
+        )
 
     def advance(self, done: int, loss: float) -> None:
         """`done` steps are done; `loss` was the last one's."""

@@ -1,0 +1,211 @@
+"""Table and figure of one layer benchmark. `python -m analysis.layer outputs/layer-...` makes them again."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+
+from analysis.errors import ResultsError
+from analysis.files import write_text
+from analysis.load import Samples, load_samples
+from analysis.statistics import Interval, bootstrap_median, bootstrap_ratio, worst
+from analysis.style import GREY, PALE, STAGE_COLOURS, caption, new_figure, panel, save, shortened, suite_style
+from analysis.summary import BYTE_CLASSES, DIRECTIONS, STAGES
+from analysis.tables import binary_bytes, significant
+
+COLUMNS = ["shape", "workload", "system", "implementation", "metric", "value", "low", "high", "unit", "status"]
+FIGURE = "stages"
+
+
+def write_layer(folder: Path, baseline: str) -> pd.DataFrame:
+    """Write summary.csv, summary.md and stages.{png,pdf} into the folder of a layer benchmark.
+
+    Args:
+        folder: holds samples.parquet.
+        baseline: the system that ratios refer to.
+
+    Returns:
+        The rows of summary.csv: per shape and system step_time, step_time_ratio (time of the baseline over the system's
+        in the same rounds: above 1 is faster), tokens_per_s, stage_time/..., bytes/..., peak_memory, dropped_copies,
+        relative_error/..., or one `run` row with the reason why there is none.
+
+    Raises:
+        ResultsError: no samples, or a cell that stands there twice.
+    """
+    samples = load_samples(folder)
+    if samples.status != "done":
+        raise ResultsError(f"{folder}: {samples.reason}. Fix: run `python -m experiments.layer` first.")
+    summary = pd.DataFrame(list(_rows(samples, baseline)), columns=COLUMNS)
+    write_text(folder / "summary.csv", summary.to_csv(index=False))
+    where = _where(samples)
+    write_text(folder / "summary.md", f"# One MoE layer\n\n{where}\n\n{people_table(summary).to_markdown_text()}")
+    with suite_style():
+        save(stages_figure(samples, summary, where), folder / FIGURE)
+    return summary
+
+
+def _where(samples: Samples) -> str:
+    emulation = samples.metadata.get("emulation")
+    return f"Measured on {samples.metadata.get('cluster', 'an unknown cluster')}" + (
+        f": {emulation}." if emulation else "."
+    )
+
+
+def _rows(samples: Samples, baseline: str) -> Iterator[dict[str, Any]]:
+    table = samples.table
+    for (shape, workload), cells in table.groupby(["shape", "workload"], sort=False):
+        base = _values(cells[cells["system"] == baseline], "step_time")
+        for (system, implementation), own in cells.groupby(["system", "implementation"], sort=False):
+            key = {"shape": shape, "workload": workload, "system": system, "implementation": implementation}
+            yield from ({**key, **row, "status": "ok"} for row in _system_rows(own, base))
+    for problem in samples.problems.itertuples():
+        status = f"{problem.status}: {problem.reason}"
+        key = {"shape": problem.shape, "workload": problem.workload, "system": problem.system}
+        yield {**key, "implementation": problem.implementation, "metric": "run", "unit": "", "status": status}
+
+
+def _values(cells: pd.DataFrame, metric: str) -> np.ndarray:
+    return cells[cells["metric"] == metric].sort_values("round")["value"].to_numpy()
+
+
+def _system_rows(own: pd.DataFrame, base: np.ndarray) -> Iterator[dict[str, Any]]:
+    def row(metric: str, interval: Interval, unit: str) -> dict[str, Any]:
+        return {"metric": metric, **interval._asdict(), "unit": unit}
+
+    times = _values(own, "step_time")
+    yield row("step_time", bootstrap_median(times), "s")
+    if len(base):
+        yield row("step_time_ratio", bootstrap_ratio(base, times), "1")
+    yield row("tokens_per_s", bootstrap_median(_values(own, "tokens")[0] / times), "tokens/s")
+    stage_times = own[own["metric"] == "stage_time"]
+    for part in (f"{direction}/{stage}" for direction in DIRECTIONS for stage in STAGES):
+        yield row(f"stage_time/{part}", bootstrap_median(stage_times[stage_times["part"] == part]["value"]), "s")
+    for metric in ("bytes", "relative_error", "peak_memory", "dropped_copies"):
+        for cell in own[own["metric"] == metric].itertuples():
+            name = f"{metric}/{cell.part}" if cell.part else metric
+            yield row(name, worst([cell.value]), cell.unit)
+
+
+class PeopleTable:
+    """The summary for people: one row a shape and system.
+
+    Args:
+        head: column titles.
+        rows: texts.
+    """
+
+    def __init__(self, head: list[str], rows: list[list[str]]) -> None:
+        self.head, self.rows = head, rows
+
+    def to_markdown_text(self) -> str:
+        """A Markdown table."""
+        lines = [self.head, ["---"] * len(self.head), *self.rows]
+        return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+    def to_plain_text(self) -> str:
+        """An aligned table for a terminal."""
+        widths = [max(len(line[i]) for line in [self.head, *self.rows]) for i in range(len(self.head))]
+        lines = [self.head, ["-" * width for width in widths], *self.rows]
+        return "\n".join(
+            "  ".join(text.ljust(w) for text, w in zip(line, widths, strict=True)).rstrip() for line in lines
+        )
+
+
+def people_table(summary: pd.DataFrame) -> PeopleTable:
+    """Median time, speed against the baseline, error, memory, bytes over the outermost level, stages."""
+    levels = [name.split("/")[1] for name in summary["metric"] if name.startswith("bytes/")]
+    outermost = next((level for level in reversed(levels) if level != "self"), "")
+    head = ["shape", "system", "ms", "speed over baseline", "rel. error", "peak memory"]
+    head += [f"sent over {outermost}"] * bool(outermost)
+    head += [f"{direction} ms: {' / '.join(STAGES)}" for direction in DIRECTIONS]
+    rows = []
+    for (shape, system, implementation), own in summary.groupby(["shape", "system", "implementation"], sort=False):
+        label = f"{system} ({implementation})"
+        values = own.set_index("metric")["value"]
+        if "run" in values.index:
+            reason = shortened(str(own.loc[own["metric"] == "run", "status"].iloc[0]), 60)
+            rows.append([str(shape), label, reason, *[""] * (len(head) - 3)])
+            continue
+        errors = values[values.index.str.startswith("relative_error/")]
+        sent = sum(values.get(f"bytes/{outermost}/{kind}", 0.0) for kind in BYTE_CLASSES)
+        line = [str(shape), label, significant(values["step_time"] * 1e3, 3), _interval(own, "step_time_ratio")]
+        line += [significant(errors.max(), 2) if len(errors) else "-", binary_bytes(values["peak_memory"], 3)]
+        line += [binary_bytes(sent, 3)] * bool(outermost)
+        for direction in DIRECTIONS:
+            line.append(" / ".join(significant(values[f"stage_time/{direction}/{s}"] * 1e3, 3) for s in STAGES))
+        rows.append(line)
+    return PeopleTable(head, rows)
+
+
+def _interval(own: pd.DataFrame, metric: str) -> str:
+    found = own[own["metric"] == metric]
+    if not len(found):
+        return "-"
+    value, low, high = (significant(found[name].iloc[0], 3) for name in ("value", "low", "high"))
+    return f"{value} [{low}, {high}]"
+
+
+def format_table(summary: pd.DataFrame) -> str:
+    """The table of `people_table`, for a terminal."""
+    return people_table(summary).to_plain_text() + "\n"
+
+
+def stages_figure(samples: Samples, summary: pd.DataFrame, where: str) -> Figure:
+    """A panel per shape, a bar per system: forward stages, then backward ones hatched."""
+    shapes = list(dict.fromkeys(summary["shape"]))
+    systems = list(dict.fromkeys(zip(summary["system"], summary["implementation"], strict=True)))
+    figure, panels = new_figure(0.9 + len(shapes) * (0.45 + 0.22 * len(systems)), nrows=len(shapes))
+    for axes, shape in zip(panels, shapes, strict=True):
+        own = summary[summary["shape"] == shape]
+        for row, (system, _) in enumerate(systems):
+            values = own[own["system"] == system].set_index("metric")["value"]
+            left = 0.0
+            for direction in DIRECTIONS:
+                for stage in STAGES:
+                    width = values.get(f"stage_time/{direction}/{stage}", 0.0) * 1e3
+                    hatch = "////" if direction == "backward" else ""
+                    colour = STAGE_COLOURS.get(stage, PALE)
+                    axes.barh(
+                        row, width, left=left, height=0.62, color=colour, edgecolor="white", hatch=hatch, linewidth=0.5
+                    )
+                    left += width
+            if "run" in values.index:
+                status = str(own[(own["system"] == system) & (own["metric"] == "run")]["status"].iloc[0])
+                axes.text(0, row, " " + shortened(status, 60), va="center", fontsize=5.5, color=GREY)
+        axes.set_yticks(range(len(systems)), [f"{system} ({kind})" for system, kind in systems])
+        axes.invert_yaxis()
+        axes.set_xlim(left=0)
+        workload = samples.table["workload"].iloc[0] if len(samples.table) else ""
+        panel(axes, f"{shape}, {workload} routing", str(samples.metadata.get("kind", "measured")))
+    panels[-1].set_xlabel("time of one forward and backward, ms")
+    handles = [Patch(facecolor=STAGE_COLOURS.get(stage, PALE), edgecolor="white") for stage in STAGES]
+    handles += [Patch(facecolor=GREY, edgecolor="white", hatch=hatch, linewidth=0.5) for hatch in ("", "////")]
+    figure.legend(handles, [*STAGES, *DIRECTIONS], loc="outside upper left", ncols=6)
+    caption(figure, "Medians over rounds of the slowest rank, stage by stage.", where)
+    return figure
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line: 0 when table and figure were written, 2 with a sentence on stderr when they could not be."""
+    parser = argparse.ArgumentParser(prog="python -m analysis.layer", description=__doc__)
+    parser.add_argument("folder", type=Path, help="folder with samples.parquet, such as outputs/layer-...")
+    parser.add_argument("--baseline", default="flat", help="system that ratios refer to")
+    options = parser.parse_args(arguments)
+    try:
+        print(format_table(write_layer(options.folder, options.baseline)), end="")
+    except ResultsError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
