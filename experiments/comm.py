@@ -33,6 +33,7 @@ from moe.errors import ConfigError, Problem
 from moe.topology import Cluster
 
 COLLECTIVE_TIMEOUT_S = 600.0
+LOW_R2 = 0.8
 DIGITS = 5
 """Significant digits of what is written: far more than a measurement has."""
 
@@ -89,7 +90,10 @@ def level_costs(rows: Sequence[CommRow]) -> dict[str, AlphaBeta]:
 
 
 def format_costs(cluster: Cluster, costs: dict[str, AlphaBeta]) -> str:
-    """The table of levels; a level of one group of the level below has no pairs, and dashes."""
+    """The table of levels, and a warning about fits that explain little.
+
+    A level of one group of the level below has no pairs, and dashes.
+    """
     lines = [f"{'level':<12}{'ranks':>6}{'alpha us':>12}{'beta ns/byte':>15}{'GB/s':>10}{'r2':>9}"]
     for index, level in enumerate(cluster.levels):
         line = f"{level.name:<12}{cluster.group_size(index):>6}"
@@ -98,7 +102,11 @@ def format_costs(cluster: Cluster, costs: dict[str, AlphaBeta]) -> str:
             lines.append(f"{line}{'-':>12}{'-':>15}{'-':>10}{'-':>9}")
             continue
         beta = cost.beta_s_per_byte
-        lines.append(f"{line}{cost.alpha_s * 1e6:>12.2f}{beta * 1e9:>15.4g}{1e-9 / beta:>10.4g}{cost.r2:>9.4f}")
+        lines.append(f"{line}{cost.alpha_s * 1e6:>12.2f}{beta * 1e9:>15.4g}{1e-9 / beta:>10.4g}{_rounded(cost.r2):>9}")
+    poor = [level for level, cost in costs.items() if cost.r2 is not None and cost.r2 < LOW_R2]
+    if poor:
+        fix = "more repeats against noise, sizes_bytes nearer to those in use against a bend (caches, a shaper's burst)"
+        lines.append(f"a line fits badly (r2 below {LOW_R2}): {', '.join(poor)}; {fix}")
     return "\n".join(lines) + "\n"
 
 
@@ -169,7 +177,12 @@ def _flow(mapping: dict[str, Any]) -> str:
 
 
 def _r2(cost: AlphaBeta | None) -> str:
-    return "  # no pairs to measure" if cost is None else f"  # r2 {cost.r2:.4f}"
+    return "  # no pairs to measure" if cost is None else f"  # r2 {_rounded(cost.r2)}"
+
+
+def _rounded(r2: float | None) -> str:
+    assert r2 is not None, "a cost that was not fitted"
+    return f"{round(r2, 4) + 0.0:.4f}"  # no -0.0000
 
 
 def _check_target(config: CommRunConfig, run: BenchRun, table: Path) -> None:

@@ -152,6 +152,16 @@ def test_the_numbers_are_fits_of_medians(start: Start, launches: list[str], tmp_
     assert lines[6].split() == ["1000", "1000.0", "28.0", "35.71"]  # of the slowest pair, 20 us + 1000 * 8 ns
 
 
+def test_a_fit_that_explains_little_is_pointed_out() -> None:
+    good = [CommRow("exchange", "node", size, 0, 1e-9 * size) for size in (1000, 2000, 4000)]
+    poor = [CommRow("exchange", "network", size, 0, seconds) for size, seconds in ((1000, 2e-6), (2000, 1e-6))]
+    cluster = cluster_of([2, 2])
+    assert "badly" not in comm.format_costs(cluster, comm.level_costs(good)).splitlines()[-1]
+    *_, row, warning = comm.format_costs(cluster, comm.level_costs([*good, *poor])).splitlines()
+    assert row.split()[-1] == "0.0000"
+    assert warning.startswith("a line fits badly (r2 below 0.8): network; more repeats")
+
+
 def test_the_file_is_one_of_conf_cluster(start: Start, launches: list[str], tmp_path: Path) -> None:
     assert start("cluster=netns_2x2", "cluster.rate_mbit=300", "force=true") == 0
     (folder,) = (tmp_path / "outputs").iterdir()
