@@ -5,21 +5,13 @@ Dimensions: R rows, M model, H hidden, L experts of this rank. No biases (Mixtra
 
 from __future__ import annotations
 
-from operator import itemgetter
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe.system import Activation, ExpertView, LayerSpec
-
-
-def activate(gate: Tensor, up: Tensor | None, activation: Activation) -> Tensor:
-    """gelu(gate), or silu(gate) * up for `swiglu`; the first matrix gives `gate`, the third `up`."""
-    if activation == "gelu":
-        return F.gelu(gate)
-    assert up is not None
-    return F.silu(gate) * up
 
 
 class ExpertFFN(nn.Module):
@@ -38,10 +30,8 @@ class ExpertFFN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., M] -> [..., M]."""
-        parameters = dict(self.named_parameters())
-        gate = F.linear(x, parameters["w1"].to(x.dtype))
-        up = F.linear(x, parameters["w3"].to(x.dtype)) if "w3" in parameters else None
-        return F.linear(activate(gate, up, self.activation), parameters["w2"].to(x.dtype))
+        weights = {name: weight.to(x.dtype) for name, weight in self.named_parameters()}
+        return feed_forward(x, weights, self.activation, F.linear)
 
     def views(self, expert: int) -> list[ExpertView]:
         """Canonical views of this module's matrices, as global expert `expert`."""
@@ -49,20 +39,20 @@ class ExpertFFN(nn.Module):
 
 
 class GroupedExperts(nn.Module):
-    """All experts of a rank, as one grouped matrix product a layer.
+    """All experts of a rank: grouped matrix products on a GPU in bf16, else one expert after the other.
 
     Args:
         spec: of the layer.
         experts: global ids of this rank's experts.
-        device: of the weights: w1 (w3) [L, M, H] and w2 [L, H, M], float32.
+        device: of the weights: w1 (w3) [L, H, M] and w2 [L, M, H], float32.
     """
 
     def __init__(self, spec: LayerSpec, experts: range, device: torch.device) -> None:
         super().__init__()
         self.activation = spec.activation
         self.experts = experts
-        for name, shape in spec.expert_shapes.items():
-            self.register_parameter(name, nn.Parameter(torch.empty(len(experts), *shape, device=device)))
+        for name, (rows, columns) in spec.expert_shapes.items():
+            self.register_parameter(name, nn.Parameter(torch.empty(len(experts), columns, rows, device=device)))
 
     def forward(self, rows_RM: Tensor, expert_rows: list[int]) -> Tensor:
         """Run each expert on its rows.
@@ -74,34 +64,44 @@ class GroupedExperts(nn.Module):
         Returns:
             [R, M], same order and dtype.
         """
-        parameters = dict(self.named_parameters())
-        gate = grouped_matmul(rows_RM, parameters["w1"], expert_rows)
-        up = grouped_matmul(rows_RM, parameters["w3"], expert_rows) if "w3" in parameters else None
-        return grouped_matmul(activate(gate, up, self.activation), parameters["w2"], expert_rows)
+        weights = {name: weight.to(rows_RM.dtype) for name, weight in self.named_parameters()}
+        if rows_RM.is_cuda and rows_RM.dtype == torch.bfloat16 and len(rows_RM):
+            ends = torch.tensor(expert_rows, device=rows_RM.device).cumsum(0).to(torch.int32)
+
+            def grouped(rows: Tensor, weight: Tensor) -> Tensor:
+                return F.grouped_mm(rows, weight.transpose(1, 2), offs=ends)
+
+            return feed_forward(rows_RM, weights, self.activation, grouped)
+        return torch.cat(
+            [
+                feed_forward(rows, {name: weight[slot] for name, weight in weights.items()}, self.activation, F.linear)
+                for slot, rows in enumerate(rows_RM.split(expert_rows))
+            ]
+        )
 
     def views(self) -> list[ExpertView]:
         """Canonical views, one per expert and matrix."""
         return [
-            ExpertView(expert, name, parameter, itemgetter(slot))
+            ExpertView(expert, name, parameter, lambda tensor, slot=slot: tensor[slot].t())
             for slot, expert in enumerate(self.experts)
             for name, parameter in self.named_parameters()
         ]
 
 
-def grouped_matmul(rows: Tensor, weights: Tensor, group_rows: list[int]) -> Tensor:
-    """Rows of group g times weights[g], for every group.
+def feed_forward(
+    rows: Tensor, weights: dict[str, Tensor], activation: Activation, multiply: Callable[[Tensor, Tensor], Tensor]
+) -> Tensor:
+    """w2(gelu(w1 rows)), or w2(silu(w1 rows) * (w3 rows)) for `swiglu`.
 
     Args:
-        rows: [R, A], sorted by group.
-        weights: [L, A, B]; cast to the dtype of the rows.
-        group_rows: L row counts that sum to R.
+        rows: [..., M].
+        weights: by name, in the layout that `multiply` takes.
+        activation: which.
+        multiply: rows [..., A] and a weight to [..., B].
 
     Returns:
-        [R, B]. One `grouped_mm` kernel on CUDA in bf16, else a product a group.
+        [..., M].
     """
-    weights = weights.to(rows.dtype)
-    if rows.is_cuda and rows.dtype == torch.bfloat16 and len(rows):
-        ends = torch.tensor(group_rows, device=rows.device).cumsum(0).to(torch.int32)
-        return F.grouped_mm(rows, weights, offs=ends)
-    parts = zip(rows.split(group_rows), weights.unbind(0), strict=True)
-    return torch.cat([part @ weight for part, weight in parts])
+    if activation == "gelu":
+        return multiply(F.gelu(multiply(rows, weights["w1"])), weights["w2"])
+    return multiply(F.silu(multiply(rows, weights["w1"])) * multiply(rows, weights["w3"]), weights["w2"])
