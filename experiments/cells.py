@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 from experiments import provenance, registry
+from experiments.checkpoint import latest_checkpoint, named_checkpoint
 from experiments.config import RunConfig, cluster_from, run_id
 from experiments.data import prepare
 from experiments.launch import RankFailure, is_main_process, run_ranks
 from experiments.model import DTYPES, layer_spec
 from experiments.model_size import available_bytes, check_fits, describe
-from experiments.results import RunDir, now
-from moe.errors import ConfigError, SuiteError
+from experiments.results import RunDir, RunStatus, now
+from moe.errors import ConfigError, Problem, Refused, SuiteError
 
 
 def run_dir_of(config: RunConfig) -> RunDir:
@@ -21,21 +24,50 @@ def run_dir_of(config: RunConfig) -> RunDir:
     return RunDir(Path(config.output_dir) / run_id(config))
 
 
+class CellFailure(NamedTuple):
+    """A run that went wrong, and how."""
+
+    config: RunConfig
+    error: RankFailure
+
+
 def announce_and_check(configs: Sequence[RunConfig]) -> None:
-    """Print the size of the model, and refuse what no rank can hold, before anything is allocated.
+    """Print the size of the model, and refuse what can't run before anything is allocated.
 
     Raises:
-        ConfigError: with the estimate.
+        ConfigError: what no rank can hold, with the estimate; a `trainer.resume_from` that is not there.
     """
-    expert_ranks = [None if registry.get(c.system.name).shards_experts else 1 for c in configs]
     if is_main_process():
-        print(describe(configs[0].model, configs[0].trainer, configs[0].cluster, expert_ranks[0]), flush=True)
-    for config, ranks in zip(configs, expert_ranks, strict=True):
-        if not run_dir_of(config).is_complete or config.force:
-            check_fits(config.model, config.trainer, config.cluster, available_bytes(config.cluster), ranks)
+        first = configs[0]
+        print(describe(first.model, first.trainer, first.cluster, _expert_ranks(first)), flush=True)
+    problems: list[Problem] = []
+    for config in configs:
+        if run_dir_of(config).is_complete and not config.force:
+            continue
+        available = available_bytes(config.cluster)
+        try:
+            check_fits(config.model, config.trainer, config.cluster, available, _expert_ranks(config))
+        except ConfigError as error:
+            problems += [replace(p, rule=f"under system {config.system.name} {p.rule}") for p in error.problems]
+        try:
+            _check_start(config)
+        except ConfigError as error:
+            problems += error.problems
+    if problems:
+        raise ConfigError(*{str(problem): problem for problem in problems}.values())
 
 
-def run_cells(configs: Sequence[RunConfig], overrides: Sequence[str]) -> list[RankFailure]:
+def _expert_ranks(config: RunConfig) -> int | None:
+    return None if registry.get(config.system.name).shards_experts else 1
+
+
+def _check_start(config: RunConfig) -> None:
+    named, run_dir = config.trainer.resume_from, run_dir_of(config)
+    if named is not None and (config.force or latest_checkpoint(run_dir.checkpoints) is None):
+        named_checkpoint(named, config.trainer.max_steps)
+
+
+def run_cells(configs: Sequence[RunConfig], overrides: Sequence[str]) -> list[CellFailure]:
     """Train every run that is not complete. What goes wrong with one is written into its status, and the next goes on.
 
     Args:
@@ -50,23 +82,25 @@ def run_cells(configs: Sequence[RunConfig], overrides: Sequence[str]) -> list[Ra
         ConfigError: a rank found the configuration, the data or a checkpoint at fault.
     """
     waiting = [config for config in configs if _must_run(config, overrides)]
-    failures: list[RankFailure] = []
-    if waiting and is_main_process():
-        prepare(waiting[0].data, waiting[0].model.vocab_size)  # once, before the ranks would wait for each other
-    while waiting:
-        try:
-            _launch(waiting)
-            break
-        except SuiteError as error:
-            failed = _where_it_stopped(waiting)
-            status = error.kind if isinstance(error, RankFailure) else "failed"
-            if is_main_process():
-                run_dir_of(failed).set_status(status, str(error))
-                _finish_manifest(failed)
-            if not isinstance(error, RankFailure) or error.kind == "interrupted":
-                raise
-            failures.append(error)
-            waiting = waiting[waiting.index(failed) + 1 :]
+    failures: list[CellFailure] = []
+    try:
+        if waiting and is_main_process():
+            prepare(waiting[0].data, waiting[0].model.vocab_size)  # once, before the ranks would wait for each other
+        while waiting:
+            try:
+                _launch(waiting)
+                break
+            except (RankFailure, Refused) as error:
+                if isinstance(error, RankFailure) and error.kind == "interrupted":
+                    raise
+                stopped = _where_it_stopped(waiting)
+                _close(waiting[stopped], error)
+                if isinstance(error, RankFailure):
+                    failures.append(CellFailure(waiting[stopped], error))
+                waiting = waiting[stopped + 1 :]
+    except (SuiteError, KeyboardInterrupt) as error:
+        _close_all(waiting, error)
+        raise
     return failures
 
 
@@ -79,16 +113,17 @@ def refusals_of(config: RunConfig) -> list[str]:
 
 def _must_run(config: RunConfig, overrides: Sequence[str]) -> bool:
     run_dir, main = run_dir_of(config), is_main_process()
-    reasons = refusals_of(config)
-    if run_dir.is_complete and not config.force and not reasons:
+    if run_dir.is_complete and not config.force:
         if main:
             print(f"{run_dir.path} is complete (force=true runs it again)", flush=True)
         return False
+    reasons = refusals_of(config)
     if main:
         if config.force:
             shutil.rmtree(run_dir.path, ignore_errors=True)
         run_dir.create(config.model_dump(mode="json"), overrides)
-        run_dir.write_manifest(_manifest(config))
+        cluster = config.cluster.model_dump(mode="json")
+        run_dir.write_manifest(provenance.manifest(run_id(config), config.seed, cluster, started=now()))
         if reasons:
             run_dir.set_status("refused", " ".join(reasons))
             print(f"{config.system.name} refuses: {' '.join(reasons)}", flush=True)
@@ -109,31 +144,36 @@ def _launch(configs: Sequence[RunConfig]) -> None:
         log_dir=run_dir_of(first).logs,
         timeout_s=first.trainer.timeout_s,
     )
-    if is_main_process():
-        for config in configs:
-            _finish_manifest(config)
 
 
-def _where_it_stopped(configs: Sequence[RunConfig]) -> RunConfig:
-    """The first run that is not done: runs are trained in order."""
-    for config in configs:
+def _where_it_stopped(configs: Sequence[RunConfig]) -> int:
+    """Index of the first run that is not done: runs are trained in order."""
+    for index, config in enumerate(configs):
         status = run_dir_of(config).status()
         if status is None or status.status != "done":
-            return config
-    return configs[-1]
+            return index
+    return len(configs) - 1
 
 
-def _manifest(config: RunConfig) -> dict[str, object]:
-    return provenance.manifest(run_id(config), config.seed, config.cluster.model_dump(mode="json"), started=now())
-
-
-def _finish_manifest(config: RunConfig) -> None:
+def _close(config: RunConfig, error: BaseException) -> None:
+    """Write how a run ended that could not write it itself."""
+    if not is_main_process():
+        return
     run_dir = run_dir_of(config)
-    run_dir.write_manifest({**run_dir.read_manifest(), "ended": now()})
+    status = run_dir.status()
+    if status is not None and status.status == "interrupted":  # by its ranks, which saved it first
+        return
+    kinds: dict[type[BaseException], RunStatus] = {Refused: "refused", KeyboardInterrupt: "interrupted"}
+    kind = error.kind if isinstance(error, RankFailure) else kinds.get(type(error), "failed")
+    run_dir.set_status(kind, str(error) or "stopped by Ctrl-C")
+    run_dir.stamp("ended")
 
 
-def exit_code(error: SuiteError) -> int:
-    """Of the process: 2 for a wrong configuration, 130 for a stop by the user, else 1."""
-    if isinstance(error, ConfigError):
-        return 2
-    return 130 if isinstance(error, RankFailure) and error.kind == "interrupted" else 1
+def _close_all(configs: Sequence[RunConfig], error: BaseException) -> None:
+    """The runs end here: the one that was under way, and those behind it, which were not even started."""
+    if not configs:
+        return
+    stopped = _where_it_stopped(configs)
+    _close(configs[stopped], error)
+    for config in configs[stopped + 1 :] if is_main_process() else []:
+        run_dir_of(config).set_status("interrupted", f"not started: {run_id(configs[stopped])} ended all runs")

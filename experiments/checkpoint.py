@@ -6,7 +6,9 @@ id; a rank reads the entries of the experts that live on it. Written under a tem
 
 from __future__ import annotations
 
+import io
 import json
+import re
 import shutil
 import zlib
 from collections.abc import Callable, Iterator
@@ -20,7 +22,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from experiments.model import GPT
+from experiments.results import MORE_SPACE, ResultsWriteError, write_error
 from moe.errors import ConfigError, Problem
+
+TORCH_WRITER = "inline_container.cc"
+"""In the message of a RuntimeError, which is all that torch says of a failed write."""
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """Tensors that Adam keeps for every parameter, beside its scalar `step`."""
@@ -57,23 +63,54 @@ def save_checkpoint(path: Path, gpt: GPT, optimizer: Optimizer, state: dict[str,
         gpt: the model.
         optimizer: Adam's kind.
         state: whatever else belongs to the run, plain Python values; rank 0's is kept.
+
+    Raises:
+        ResultsWriteError: it could not be written, the disk being full above all; no half of it is left.
     """
-    rank = dist.get_rank()
     temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        _save(path, temporary, _tensors(gpt, optimizer, for_saving=True), state)
+    except (Exception, dcp.CheckpointException) as error:
+        if dist.get_rank() == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+        cause = _cause(error)
+        if isinstance(cause, OSError):
+            raise write_error(path, cause) from error
+        if isinstance(cause, RuntimeError) and TORCH_WRITER in str(cause):
+            raise ResultsWriteError(path, "torch could not write all of it, as on a full disk", MORE_SPACE) from error
+        raise cause from error
+
+
+def _save(path: Path, temporary: Path, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+    rank = dist.get_rank()
     if rank == 0:
-        shutil.rmtree(temporary, ignore_errors=True)
+        remove_drafts(path.parent)
         temporary.mkdir(parents=True)
     dist.barrier()
-    dcp.save(_tensors(gpt, optimizer, for_saving=True), checkpoint_id=temporary, no_dist=False)
-    torch.save(torch.get_rng_state(), temporary / f"rng_{rank}.pt")
+    dcp.save(tensors, checkpoint_id=temporary, no_dist=False)
+    _write(temporary / f"rng_{rank}.pt", torch.get_rng_state())
     if rank == 0:
-        torch.save(state, temporary / "trainer.pt")
+        _write(temporary / "trainer.pt", state)
     dist.barrier()
     if rank == 0:
         (temporary / "checksums.json").write_text(json.dumps(_checksums(temporary), indent=1))
         shutil.rmtree(path, ignore_errors=True)
         temporary.rename(path)
     dist.barrier()
+
+
+def _write(path: Path, value: Any) -> None:
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    path.write_bytes(buffer.getbuffer())  # torch's own writer hides what the operating system says
+
+
+def _cause(error: BaseException) -> BaseException:
+    """What went wrong in a rank; torch wraps that in a BaseException."""
+    if isinstance(error, dcp.CheckpointException):
+        causes = [wrapped[0] for wrapped in error.failures.values()]
+        return min(causes, key=lambda cause: not isinstance(cause, OSError))
+    return error
 
 
 def load_checkpoint(path: Path, gpt: GPT, optimizer: Optimizer) -> dict[str, Any]:
@@ -93,7 +130,7 @@ def load_checkpoint(path: Path, gpt: GPT, optimizer: Optimizer) -> dict[str, Any
     try:
         dcp.load(fresh, checkpoint_id=path)
     except (dcp.CheckpointException, ValueError) as error:
-        raise _error(path, f"it does not fit this model ({str(error).splitlines()[-1]})") from error
+        raise _error(path, f"it does not fit this model ({str(_cause(error)).splitlines()[0]})") from error
     with torch.no_grad():
         for entry in canonical_entries(gpt):
             entry.view(entry.parameter.data).copy_(fresh[entry.key])
@@ -111,26 +148,51 @@ def load_checkpoint(path: Path, gpt: GPT, optimizer: Optimizer) -> dict[str, Any
 
 def latest_checkpoint(folder: Path) -> Path | None:
     """The newest whole checkpoint `step_<n>` in a folder, or None."""
-    found = [path for path in folder.glob("step_*") if path.name[5:].isdigit()]
-    return max(found, key=checkpoint_step, default=None)
+    return max(_checkpoints(folder), key=checkpoint_step, default=None)
+
+
+def named_checkpoint(name: str, max_steps: int) -> Path:
+    """The checkpoint that `trainer.resume_from` names: a folder step_<n>, or the newest one of a run's folder.
+
+    Raises:
+        ConfigError: there is none, or none of the run's `max_steps` would be left to do.
+    """
+    path = Path(name).expanduser()
+    found = path if _is_checkpoint(path) and path.is_dir() else latest_checkpoint(path / "checkpoints")
+    if found is None:
+        rule = f"there is no checkpoint: neither is it a folder step_<n>, nor is one in {path / 'checkpoints'}"
+        fix = "name the folder of a run, outputs/RUN_ID, or outputs/RUN_ID/checkpoints/step_<n>"
+        raise ConfigError(Problem("trainer.resume_from", name, rule, fix))
+    if checkpoint_step(found) >= max_steps:
+        rule = f"must be above the steps that were done when {found} (trainer.resume_from) was saved"
+        fix = f"set trainer.max_steps above {checkpoint_step(found)}, or name an earlier checkpoint"
+        raise ConfigError(Problem("trainer.max_steps", max_steps, rule, fix))
+    return found
 
 
 def checkpoint_step(path: Path) -> int:
-    """n of a folder called `step_<n>`: the steps that were done when it was saved.
-
-    Raises:
-        ConfigError: it has another name, so it is no checkpoint.
-    """
-    number = path.name.removeprefix("step_")
-    if not number.isdigit():
-        raise _error(path, "there is no checkpoint step_<n> in that folder")
-    return int(number)
+    """n of a folder called `step_<n>`: the steps that were done when it was saved."""
+    return int(path.name.removeprefix("step_"))
 
 
 def remove_old_checkpoints(folder: Path, keep: int = 2) -> None:
     """Delete all but the newest `keep` checkpoints of a folder."""
-    for path in sorted(folder.glob("step_*"), key=checkpoint_step)[:-keep]:
+    for path in sorted(_checkpoints(folder), key=checkpoint_step)[:-keep]:
         shutil.rmtree(path)
+
+
+def remove_drafts(folder: Path) -> None:
+    """Delete what killed runs left half written."""
+    for path in folder.glob(".step_*.tmp"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    return [path for path in folder.glob("step_*") if _is_checkpoint(path)]
+
+
+def _is_checkpoint(path: Path) -> bool:
+    return re.fullmatch(r"step_[0-9]+", path.name) is not None
 
 
 def _itself(tensor: Tensor) -> Tensor:
@@ -170,9 +232,9 @@ def _damage(path: Path) -> str:
     if not path.is_dir():
         return "there is no such folder"
     try:
-        expected = json.loads((path / "checksums.json").read_text())
-    except (OSError, ValueError):
-        return "checksums.json is missing or not readable"
+        expected = dict(json.loads((path / "checksums.json").read_text()))
+    except (OSError, ValueError, TypeError):
+        return "its file checksums.json is missing or not readable"
     found = _checksums(path)
     for name, checksum in expected.items():
         if name not in found:
@@ -188,6 +250,7 @@ def _error(path: Path, damage: str) -> ConfigError:
             "checkpoint",
             path,
             f"a checkpoint must be whole and fit the model, but {damage}",
-            "remove that folder to resume from the one before, or start anew with force=true",
+            "remove that folder to go on from the one before it, name another one if trainer.resume_from named it, or "
+            "start anew with force=true",
         )
     )

@@ -37,6 +37,7 @@ ROUTING_ARRAYS = {
 }
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 NOT_ALLOWED = (errno.EACCES, errno.EPERM, errno.EROFS)
+MORE_SPACE = "free some space on that disk, or set output_dir to a folder on another one; then start the run again"
 
 
 class ResultsWriteError(SuiteError):
@@ -53,9 +54,10 @@ class ResultsWriteError(SuiteError):
         super().__init__(f"{path} could not be written: {reason}; its previous version is untouched. Fix: {fix}")
 
 
-def _write_error(path: Path, error: OSError) -> ResultsWriteError:
+def write_error(path: Path, error: OSError) -> ResultsWriteError:
+    """What the operating system said about writing `path`, with a fix."""
     if error.errno in DISK_FULL:
-        fix = "free some space on that disk, or set output_dir to a folder on another one; then start the run again"
+        fix = MORE_SPACE
     elif error.errno in NOT_ALLOWED:
         fix = "make the folder writable, or set output_dir to one that is"
     else:
@@ -87,7 +89,7 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
             raise
         _sync_folder(path.parent)
     except OSError as error:
-        raise _write_error(path, error) from error
+        raise write_error(path, error) from error
 
 
 def _remove_drafts(path: Path) -> None:
@@ -213,7 +215,7 @@ class RunDir:
             self.logs.mkdir(parents=True, exist_ok=True)
             self.checkpoints.mkdir(exist_ok=True)
         except OSError as error:
-            raise _write_error(self.path, error) from error
+            raise write_error(self.path, error) from error
         self._write_text("config.yaml", OmegaConf.to_yaml(OmegaConf.create(dict(config))))
         self._write_text("overrides.yaml", OmegaConf.to_yaml(OmegaConf.create(list(overrides))))
         self.set_status("running")
@@ -263,6 +265,10 @@ class RunDir:
             return []
         table = pq.read_table(self.metrics_path, columns=list(MetricRow._fields))
         return [MetricRow(**row) for row in table.to_pylist()]
+
+    def stamp(self, key: Literal["started", "ended"]) -> None:
+        """Write the time into the manifest that is there."""
+        self.write_manifest({**self.read_manifest(), key: now()})
 
     def write_routing(self, **arrays: NDArray[Any]) -> None:
         """Write routing.npz whole: what the gates chose.

@@ -18,7 +18,7 @@ def main(config: RunConfig, overrides: list[str]) -> None:
     announce_and_check([config])
     failures = run_cells([config], overrides)
     if failures:
-        raise failures[0]
+        raise failures[0].error
     if is_main_process():
         print(f"results: {run_dir_of(config).path}", flush=True)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from experiments import registry
 from experiments.callbacks import Checkpointer, Recorder, Validator
-from experiments.checkpoint import checkpoint_step, latest_checkpoint
+from experiments.checkpoint import checkpoint_step, latest_checkpoint, named_checkpoint
 from experiments.config import RunConfig, cluster_from, load_run, run_id
 from experiments.data import BatchStream, ValBatches, prepare
 from experiments.model import DTYPES, build_gpt
@@ -59,6 +59,8 @@ def train_one(config: RunConfig, run_dir: RunDir, mesh: Mesh, info: RankInfo) ->
     Returns:
         False when it was stopped before its end; its checkpoint and its status are written then.
     """
+    if mesh.rank == 0:
+        run_dir.stamp("started")
     _be_deterministic(config, mesh)
     tokens = prepare(config.data, config.model.vocab_size)
     system = registry.create(config.system.name, config.system.options)
@@ -109,13 +111,12 @@ def train_one(config: RunConfig, run_dir: RunDir, mesh: Mesh, info: RankInfo) ->
     module = LanguageModel(gpt, sync, config.trainer, config.model.aux_loss_weight)
     with meter.installed():
         trainer.fit(module, _Batches(stream.__iter__), ckpt_path=resume_from)
+    done = trainer.global_step == config.trainer.max_steps
     if mesh.rank == 0:
-        if recorder.stopped and trainer.global_step < config.trainer.max_steps:
-            reason = "stopped on request; the same command goes on from the last checkpoint"
-            run_dir.set_status("interrupted", reason, trainer.global_step)
-        else:
-            run_dir.set_status("done", step=trainer.global_step)
-    return not recorder.stopped
+        run_dir.stamp("ended")
+        reason = "" if done else "stopped on request; the same command goes on from the last checkpoint"
+        run_dir.set_status("done" if done else "interrupted", reason, trainer.global_step)
+    return done
 
 
 class _Batches:
@@ -133,8 +134,7 @@ def _checkpoint_to_resume(config: RunConfig, run_dir: RunDir) -> Path | None:
     newest, named = latest_checkpoint(run_dir.checkpoints), config.trainer.resume_from
     if newest is not None or named is None:
         return newest
-    path = Path(named)
-    return path if path.name.startswith("step_") else latest_checkpoint(path / "checkpoints") or path
+    return named_checkpoint(named, config.trainer.max_steps)
 
 
 def _be_deterministic(config: RunConfig, mesh: Mesh) -> None:
