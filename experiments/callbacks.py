@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import signal
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import lightning as L
@@ -12,6 +15,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 from tqdm import tqdm
 
 from experiments.checkpoint import remove_old_checkpoints
@@ -19,6 +23,7 @@ from experiments.config import RunConfig
 from experiments.module import LanguageModel
 from experiments.ranks import RankInfo
 from experiments.results import MetricRow, RunDir
+from experiments.timing import synchronise
 from moe.mesh import Mesh
 from moe.metering import CLASSES, LinkMeter
 from moe.system import MoEOutput
@@ -60,7 +65,10 @@ class Recorder(L.Callback):
         self.counted_steps: list[int] = []
         self.sample: tuple[int, np.ndarray] | None = None
         self.recording_s = 0.0
-        self._interval_start = self._interval_step = 0.0
+        self._interval_start, self._interval_step = 0.0, start_step
+        self._watching: list[RemovableHandle] = []
+        self._choices: list[Tensor] = []
+        self._sigterm = signal.getsignal(signal.SIGTERM)
         if info.rank == 0 and start_step:
             self._recall(start_step)
 
@@ -75,12 +83,17 @@ class Recorder(L.Callback):
             self.counted_steps = routing["steps"][kept].tolist()
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """Start the clock."""
-        self.restart_interval(trainer.global_step)
+        """Start the clock, and take SIGTERM back: Lightning's handler would broadcast amid the model's collectives."""
+        if self._sigterm is not None and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, self._sigterm)
+        self._restart_interval(trainer.global_step)
 
     def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_idx: int) -> None:
-        """Count this step's bytes only."""
+        """Count this step's bytes only; watch the choices of the last one."""
+        assert isinstance(module, LanguageModel)
         self.meter.reset()
+        if trainer.global_step + 1 == self.config.trainer.max_steps:
+            self._watch_choices(module)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -90,9 +103,10 @@ class Recorder(L.Callback):
         if done % self.config.trainer.log_every and done != self.config.trainer.max_steps:
             return
         assert isinstance(module, LanguageModel)
-        if self.mesh.device.type == "cuda":
-            torch.cuda.synchronize()
+        ended = time.perf_counter()
+        synchronise(self.mesh.device)
         started = time.perf_counter()
+        module.work_s += started - ended
         num_steps = done - self._interval_step
         step_s = (started - self._interval_start) / num_steps
         harness_s = step_s - module.work_s / num_steps + self.recording_s / num_steps
@@ -102,13 +116,21 @@ class Recorder(L.Callback):
         if self.info.rank == 0:
             self._record(done - 1, gathered, module, trainer)
         if done == self.config.trainer.max_steps:
-            self._sample_routing(done - 1, module, batch)
+            self._gather_choices(done - 1)
         self.recording_s = time.perf_counter() - started
-        self.restart_interval(done)
+        self._restart_interval(done)
 
-    def restart_interval(self, step: int) -> None:
-        """Start the clock anew at `step`: what was done since the last step is not part of the next one."""
+    def _restart_interval(self, step: int) -> None:
         self._interval_start, self._interval_step = time.perf_counter(), step
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Stop the clock: what is done inside is part of no step."""
+        synchronise(self.mesh.device)
+        started = time.perf_counter()
+        yield
+        synchronise(self.mesh.device)
+        self._interval_start += time.perf_counter() - started
 
     def _gather(self, module: LanguageModel, step_s: float, harness_s: float) -> Tensor:
         """[W, n] float64 on the CPU: the numbers of every rank. Collective."""
@@ -154,24 +176,23 @@ class Recorder(L.Callback):
         """Keep a validation loss, measured after `steps_done` steps."""
         self._add(steps_done, "val_loss", loss, "nats/token")
 
-    @torch.no_grad()
-    def _sample_routing(self, step: int, module: LanguageModel, batch_BS: Tensor) -> None:
-        """The joint choices of every token of this step: int16 [layers, T of all ranks, K]. Collective."""
-        layers = module.gpt.moe_layers
-        chosen: list[Tensor] = []
+    def _watch_choices(self, module: LanguageModel) -> None:
+        """Note the choices [T, K] of each MoE layer in the step that comes."""
 
         def note(layer: Any, args: tuple[Tensor], output: MoEOutput) -> None:
-            if output.expert_ids_TK is not None:
-                chosen.append(output.expert_ids_TK)
-            else:  # an upstream gate that does not tell: the K largest of its logits
-                logits = args[0].float() @ layer.gate_weight.float().t()
-                chosen.append(logits.topk(layer.spec.top_k, dim=1).indices)
+            ids_TK = output.expert_ids_TK
+            if ids_TK is None:  # an upstream gate that does not tell: the K largest of its logits
+                logits_TE = args[0].detach().float() @ layer.gate_weight.detach().float().t()
+                ids_TK = logits_TE.topk(layer.spec.top_k, dim=1).indices
+            self._choices.append(ids_TK.detach())
 
-        handles = [layer.register_forward_hook(note) for layer in layers]
-        module.gpt(batch_BS[:, :-1], batch_BS[:, 1:])
-        for handle in handles:
+        self._watching = [layer.register_forward_hook(note) for layer in module.gpt.moe_layers]
+
+    def _gather_choices(self, step: int) -> None:
+        """The joint choices of every token of the step: int16 [layers, T of all ranks, K]. Collective."""
+        for handle in self._watching:
             handle.remove()
-        mine = torch.stack(chosen).to(torch.int32).contiguous()
+        mine = torch.stack(self._choices).to(torch.int32).contiguous()
         gathered = [torch.empty_like(mine) for _ in range(self.mesh.world_size)]
         dist.all_gather(gathered, mine)
         self.sample = (step, torch.cat(gathered, dim=1).to(torch.int16).cpu().numpy())
@@ -181,6 +202,8 @@ class Recorder(L.Callback):
         if self.info.rank:
             return
         self.run_dir.write_metrics(self.rows, self.footer)
+        if not self.counts:  # a checkpoint before the first logged step
+            return
         arrays = {"steps": np.array(self.counted_steps, dtype=np.int64), "expert_counts": np.stack(self.counts)}
         if self.sample is not None:
             arrays |= {"sample_step": np.array(self.sample[0]), "sample_expert_ids": self.sample[1]}
@@ -201,8 +224,8 @@ class Validator(L.Callback):
         if done % self.config.trainer.val_every and done != self.config.trainer.max_steps:
             return
         assert isinstance(module, LanguageModel)
-        self.recorder.add_validation(done, self._loss(trainer, module))
-        self.recorder.restart_interval(done)
+        with self.recorder.paused():
+            self.recorder.add_validation(done, self._loss(trainer, module))
 
     @torch.no_grad()
     def _loss(self, trainer: L.Trainer, module: LanguageModel) -> float:
@@ -231,15 +254,19 @@ class Checkpointer(L.Callback):
         done, every = trainer.global_step, self.config.trainer.checkpoint_every
         last = done == self.config.trainer.max_steps
         if last or self.recorder.stopped or done % every == 0:
-            self.recorder.flush()
-            folder = self.recorder.run_dir.checkpoints
-            trainer.save_checkpoint(folder / f"step_{done}")
-            if self.recorder.info.rank == 0:
-                self.recorder.run_dir.set_status("running", step=done)
-                remove_old_checkpoints(folder, keep=1 if last else 2)
+            with self.recorder.paused():
+                self._save(trainer, done, keep=1 if last else 2)
         if self.recorder.stopped:
             trainer.should_stop = True
-        self.recorder.restart_interval(done)
+
+    def _save(self, trainer: L.Trainer, done: int, keep: int) -> None:
+        # Metrics first: rows beyond the checkpoint are forgotten by the next start, missing ones could not be made up.
+        self.recorder.flush()
+        folder = self.recorder.run_dir.checkpoints
+        trainer.save_checkpoint(folder / f"step_{done}")
+        if self.recorder.info.rank == 0:
+            self.recorder.run_dir.set_status("running", step=done)
+            remove_old_checkpoints(folder, keep)
 
 
 class Progress:
