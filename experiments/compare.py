@@ -10,11 +10,13 @@ import sys
 from pathlib import Path
 
 from analysis.compare import FIGURES, format_table, write
+from analysis.errors import ResultsError
 from experiments.bench_run import BenchRun
 from experiments.cells import announce_and_check, run_cells, run_dir_of
 from experiments.cli import hydra_main
 from experiments.config import CompareConfig
-from experiments.launch import is_main_process
+from experiments.launch import RankFailure, is_main_process
+from moe.errors import SuiteError
 
 
 @hydra_main("compare")
@@ -22,21 +24,44 @@ def main(config: CompareConfig, overrides: list[str]) -> None:
     """Train, time, write, print. What fails is a row of the table, and the exit code is 1 then."""
     runs = config.runs()
     announce_and_check(runs)
+    incomplete = [run_dir for run_dir in map(run_dir_of, runs) if not run_dir.is_complete]
     failures = run_cells(runs, overrides)
-    timing = BenchRun(config, overrides)
-    if timing.must_run(config.force):
-        rows = timing.launch("experiments.compare_bench:time_training", {}, timeout_s=config.trainer.timeout_s)
-        if is_main_process():
-            timing.write_samples(rows)
+    trained_now = any(run_dir.is_complete for run_dir in incomplete)
+    failed = {failure.config.system.name: str(failure.error) for failure in failures}
+    timed = _time(config, overrides, failed, trained_now)
     if not is_main_process():
         return
-    out_dir = Path(config.output_dir) / "compare"
-    table = write(out_dir, [run_dir_of(run).path for run in runs], timing.dir.path, baseline=config.systems[0].name)
+    out_dir, timing_dir = Path(config.output_dir) / "compare", BenchRun(config, overrides).dir.path
+    run_dirs = [run_dir_of(run).path for run in runs]
+    try:
+        table = write(out_dir, run_dirs, timing_dir if timed else None, baseline=config.systems[0].name)
+    except ResultsError as error:
+        raise SuiteError(str(error)) from error
     print(
         f"\n{format_table(table)}\nwritten: {out_dir}/summary.csv, summary.md and {', '.join(FIGURES)} as PNG and PDF"
     )
-    if failures:
+    if failures or not timed:
         sys.exit(1)
+
+
+def _time(config: CompareConfig, overrides: list[str], failed: dict[str, str], trained_now: bool) -> bool:
+    """Time all systems that could be trained, unless that was done after the last training; False when it failed."""
+    timing = BenchRun(config, overrides)
+    if not timing.must_run(config.force or trained_now):
+        return True
+    try:
+        rows = timing.launch(
+            "experiments.compare_bench:time_training", {"failed": failed}, timeout_s=config.trainer.timeout_s
+        )
+    except RankFailure as error:
+        if error.kind == "interrupted":
+            raise
+        if is_main_process():
+            print(f"the timing failed, so the table has no times: {error}", file=sys.stderr, flush=True)
+        return False
+    if is_main_process():
+        timing.write_samples(rows)
+    return True
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from experiments import registry
+from experiments.attempt import attempt, stop_agreed
 from experiments.config import CompareConfig, RunConfig, cluster_from, load_compare
 from experiments.data import BatchStream, prepare
 from experiments.layer_bench import STAGE_ROUNDS
@@ -32,44 +34,56 @@ class Trainee:
     writer: SampleWriter
 
 
-def time_training(payload: dict[str, Any], info: RankInfo) -> list[list[Any]]:
+def time_training(payload: dict[str, Any], info: RankInfo) -> list[list[Any]] | None:
     """Time every system under every seed, in this rank.
 
     Args:
-        payload: `config`: of the comparison.
+        payload: `config`: of the comparison; `failed`: systems that failed to train, by name, and how: not timed,
+            because what fails may take the ranks down with it.
         info: of this rank.
 
     Returns:
-        Sample rows, the same on every rank.
+        Sample rows, the same on every rank; None when a stop was asked for before all seeds were timed.
     """
     config = load_compare(payload["config"])
     mesh = create_mesh(cluster_from(config.cluster), info.device)
     rows: list[list[Any]] = []
     for seed in config.seeds:
+        if stop_agreed(info):
+            return None
         runs = [run for run in config.runs() if run.seed == seed]
-        rows += _time_seed(runs, config, mesh)
+        rows += _time_seed(runs, config, mesh, payload["failed"])
         if info.rank == 0:
             print(f"timed in turn, seed {seed}: {', '.join(run.system.name for run in runs)}", flush=True)
     return rows
 
 
-def _time_seed(runs: list[RunConfig], config: CompareConfig, mesh: Mesh) -> list[list[Any]]:
+def _time_seed(runs: list[RunConfig], config: CompareConfig, mesh: Mesh, failed: dict[str, str]) -> list[list[Any]]:
     writers, trainees = [], []
     expected: Observed | None = None
     for run in sorted(runs, key=lambda run: run.system.name != "reference"):  # the oracle first: the others need it
         system = registry.create(run.system.name, run.system.options)
         spec = layer_spec(run.model, 0, run.seed, DTYPES[run.trainer.precision])
         writer = SampleWriter(system.name, system.implementation, run.model.name, "training", run.seed)
+        reasons = system.refusals(spec, mesh.cluster)
+        observed = trainee = None
+        if reasons:
+            failure: tuple[str, str] | None = ("refused", " ".join(reasons))
+        elif system.name in failed:
+            failure = ("failed", f"not timed, because it failed to train: {failed[system.name]}")
+        else:
+            observed, failure = attempt(functools.partial(_observe_layer, run, spec, mesh))
+            if failure is None:
+                trainee, failure = attempt(functools.partial(_trainee, run, mesh, writer))
+        if failure is not None:
+            writer.add_status(*failure)
+        if trainee is not None and observed is not None:
+            trainees.append(trainee)
+            if system.name == "reference":
+                expected = observed
+            elif expected is not None:
+                _add_errors(writer, observed, expected, mesh)
         writers.append(writer)
-        if reasons := system.refusals(spec, mesh.cluster):
-            writer.add_status("refused", " ".join(reasons))
-            continue
-        observed = _observe_layer(run, spec, mesh)
-        if system.name == "reference":
-            expected = observed
-        elif expected is not None:
-            _add_errors(writer, observed, expected, mesh)
-        trainees.append(_trainee(run, mesh, writer))
     times = interleave(
         {t.writer.key[0]: t.step for t in trainees}, config.timing.rounds, config.timing.warmup, mesh.device
     )
@@ -104,6 +118,7 @@ def _trainee(run: RunConfig, mesh: Mesh, writer: SampleWriter) -> Trainee:
         sync.clip(run.trainer.grad_clip or 0.0)
         optimizer.step()
 
+    step()  # what can't run fails here, not amid the timing
     return Trainee(gpt, step, writer)
 
 

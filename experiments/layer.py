@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from analysis.errors import ResultsError
 from analysis.layer import format_table, write_layer
 from experiments import registry
+from experiments.attempt import stop_agreed
 from experiments.bench_run import BenchRun
 from experiments.cli import hydra_main
 from experiments.config import LayerRunConfig, LayerShape, WorkloadConfig, cluster_from, load_layer
@@ -17,6 +19,7 @@ from experiments.launch import is_main_process
 from experiments.layer_bench import Case, measure_case
 from experiments.model import DTYPES
 from experiments.ranks import RankInfo
+from moe.errors import SuiteError
 from moe.mesh import Mesh, create_mesh
 from moe.system import LayerSpec
 from moe.workload import Workload, expert_ids, gate_for, tokens_for
@@ -25,7 +28,7 @@ COLLECTIVE_TIMEOUT_S = 1800.0
 """Longest wait for another rank: a slow system on a large shape, on a machine with few cores."""
 
 
-def measure(payload: dict[str, Any], info: RankInfo) -> list[list[Any]]:
+def measure(payload: dict[str, Any], info: RankInfo) -> list[list[Any]] | None:
     """Measure every shape, in this rank.
 
     Args:
@@ -33,13 +36,15 @@ def measure(payload: dict[str, Any], info: RankInfo) -> list[list[Any]]:
         info: of this rank.
 
     Returns:
-        Sample rows, the same on every rank.
+        Sample rows, the same on every rank; None when a stop was asked for before all shapes were measured.
     """
     config = load_layer(payload["config"])
     mesh = create_mesh(cluster_from(config.cluster), info.device)
     systems = {s.name: registry.create(s.name, s.options) for s in config.systems}
     rows: list[list[Any]] = []
     for shape in config.shapes:
+        if stop_agreed(info):
+            return None
         case = build_case(config, shape, mesh)
         rows += map(
             list, measure_case(case, systems, mesh, rounds=config.rounds, warmup=config.warmup, check=config.check)
@@ -83,8 +88,11 @@ def main(config: LayerRunConfig, overrides: list[str]) -> None:
         if is_main_process():
             run.write_samples(rows)
     if is_main_process():
-        print(format_table(write_layer(run.dir.path, baseline=config.systems[0].name)), end="")
-        print(f"results: {run.dir.path}", flush=True)
+        try:
+            table = write_layer(run.dir.path, baseline=config.systems[0].name)
+        except ResultsError as error:
+            raise SuiteError(str(error)) from error
+        print(f"{format_table(table)}results: {run.dir.path}", flush=True)
 
 
 if __name__ == "__main__":

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from experiments import registry
+from experiments.attempt import attempt
 from experiments.samples import SampleRow, SampleWriter
 from experiments.timing import (
     Observed,
@@ -73,9 +74,12 @@ def measure_case(
         check: also compare each with the dense oracle.
 
     Returns:
-        dropped_copies; or a status row for a system that refused or failed.
+        For every system its step_time, stage_time, bytes, dropped_copies, tokens, peak_memory and, with `check`,
+        relative_error; or a status row for a system that refused or failed. The same on every rank.
     """
-    expected = _expected(case, mesh) if check else None
+    expected, failure = attempt(lambda: _expected(case, mesh)) if check else (None, None)
+    if failure is not None and mesh.rank == 0:
+        print(f"layer {case.shape}: nothing is compared with the reference, which {': '.join(failure)}", flush=True)
     grad_TM = torch.randn(case.x_TM.shape, generator=torch.Generator().manual_seed(case.seed + mesh.rank))
     grad_TM = grad_TM.to(mesh.device, case.spec.dtype)
     candidates: list[Candidate] = []
@@ -83,19 +87,14 @@ def measure_case(
     for name, system in systems.items():
         writer = SampleWriter(name, system.implementation, case.shape, case.workload, case.seed)
         reasons = system.refusals(case.spec, mesh.cluster)
-        if reasons:
-            writer.add_status("refused", " ".join(reasons))
-            rows += writer.rows
-            continue
-        candidate, failure = _try(partial(_prepare, case, system, mesh, grad_TM, writer))
-        if _failed_anywhere(failure, mesh):
-            writer.add_status(*(failure or ("failed", "it failed on another rank; see that rank's log")))
-            rows += writer.rows
-            continue
-        assert candidate is not None
-        if expected is not None:
-            _add_errors(candidate, case, expected, mesh)
-        candidates.append(candidate)
+        prepare = functools.partial(_prepare, case, system, mesh, grad_TM, writer, expected)
+        candidate, failure = (None, ("refused", " ".join(reasons))) if reasons else attempt(prepare)
+        if candidate is not None:
+            candidates.append(candidate)
+        elif failure is not None:
+            failed = SampleWriter(*writer.key)  # without what was measured before it failed
+            failed.add_status(*failure)
+            rows += failed.rows
     times = interleave({c.writer.key[0]: c.step for c in candidates}, rounds, warmup, mesh.device)
     for candidate in candidates:
         candidate.writer.add("step_time", times[candidate.writer.key[0]], "s")
@@ -104,7 +103,9 @@ def measure_case(
     return rows
 
 
-def _prepare(case: Case, system: System, mesh: Mesh, grad_TM: Tensor, writer: SampleWriter) -> Candidate:
+def _prepare(
+    case: Case, system: System, mesh: Mesh, grad_TM: Tensor, writer: SampleWriter, expected: Observed | None
+) -> Candidate:
     layer = system.build_layer(case.spec, mesh)
     load_layer(layer)
     with torch.no_grad():
@@ -123,7 +124,10 @@ def _prepare(case: Case, system: System, mesh: Mesh, grad_TM: Tensor, writer: Sa
 
     step()  # what can't run fails here, not amid the timing
     synchronise(mesh.device)
-    return Candidate(system, layer, step, writer)
+    candidate = Candidate(system, layer, step, writer)
+    if expected is not None:
+        _add_errors(candidate, case, expected, mesh)
+    return candidate
 
 
 def _observe(candidate: Candidate, case: Case, mesh: Mesh) -> None:
@@ -164,18 +168,3 @@ def _add_errors(candidate: Candidate, case: Case, expected: Observed, mesh: Mesh
     worst = over_ranks(torch.tensor(list(errors.values()), dtype=torch.float64), dist.ReduceOp.MAX, mesh.device)
     for part, error in zip(errors, worst.tolist(), strict=True):
         candidate.writer.add("relative_error", [error], "1", part)
-
-
-def _try(build: Callable[[], Candidate]) -> tuple[Candidate | None, tuple[str, str] | None]:
-    """The candidate, or (status, reason) of its failure."""
-    try:
-        return build(), None
-    except torch.OutOfMemoryError as error:
-        return None, ("oom", str(error).splitlines()[0])
-    except (RuntimeError, AssertionError, TypeError, ValueError, NotImplementedError) as error:
-        return None, ("failed", f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
-
-
-def _failed_anywhere(failure: tuple[str, str] | None, mesh: Mesh) -> bool:
-    flag = torch.tensor([float(failure is not None)], dtype=torch.float64)
-    return bool(over_ranks(flag, dist.ReduceOp.MAX, mesh.device))

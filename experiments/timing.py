@@ -5,6 +5,7 @@ Also what is read once per candidate beside its time: peak memory, and the error
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 
@@ -110,10 +111,15 @@ def peak_memory_bytes(step: Step, device: torch.device) -> int:
 
 
 def relative_error(value: Tensor, expected: Tensor) -> float:
-    """Norm of the difference over the norm of what was expected (its own norm where that is 0)."""
+    """Norm of the difference over the norm of what was expected (its own norm where that is 0).
+
+    Infinite where a number is not finite: a NaN would be lost in a maximum over experts and ranks.
+    """
     value, expected = value.detach().double(), expected.detach().double()
-    scale = expected.norm() if expected.norm() > 0 else torch.ones(())
-    return float((value - expected).norm().cpu() / scale.cpu())
+    distance, scale = float((value - expected).norm()), float(expected.norm())
+    if not math.isfinite(distance):
+        return math.inf
+    return distance / scale if scale > 0 else distance
 
 
 class Observed:
@@ -140,7 +146,7 @@ class Observed:
         ((output.y_TM * grad_TM.to(spec.dtype)).sum() + output.aux_loss).backward()
         system.gradient_sync(layer, mesh).reduce()
         assert x_TM.grad is not None and layer.gate_weight.grad is not None
-        self.output, self.input_grad, self.gate_grad = output.y_TM, x_TM.grad, layer.gate_weight.grad
+        self.output, self.input_grad, self.gate_grad = output.y_TM.detach(), x_TM.grad, layer.gate_weight.grad
         self.expert_grads = {
             (view.expert, view.name): view.view(view.parameter.grad)
             for view in layer.expert_views()
