@@ -102,7 +102,7 @@ def test_resumes_on_another_world_size(trained: Path, tmp_path: Path) -> None:
 
 
 def test_torchrun_joins(tmp_path: Path) -> None:
-    launcher = ("torchrun", "--nproc-per-node", str(torch.cuda.device_count()))
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(torch.cuda.device_count()))
     overrides = ["system=flat", "cluster=auto", *FEW_STEPS, f"output_dir={tmp_path}"]
     run("experiments.train", *overrides, launcher=launcher)
     assert len(losses(metrics(tmp_path, "flat"))) == 12
