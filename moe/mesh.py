@@ -54,6 +54,11 @@ class Mesh:
         return range(self.ep_rank * per_rank, (self.ep_rank + 1) * per_rank)
 
 
+def ranks_are_on_cuda() -> bool:
+    """Whether this process' ranks compute on CUDA; before they are started, whether this machine could."""
+    return "nccl" in dist.get_backend() if dist.is_initialized() else torch.cuda.is_available()
+
+
 def create_mesh(cluster: Cluster, device: torch.device, ep_size: int | None = None) -> Mesh:
     """Make the groups; collective over all ranks of an initialised default process group.
 

@@ -24,6 +24,9 @@ from moe.topology import Cluster
 CLASSES = ("alltoall", "reduction", "other")
 """Byte classes: token traffic, gradient-like reductions, everything else (gathers, broadcasts)."""
 
+INSTALLED: list[LinkMeter] = []
+"""Meters that count now; code that sends without `torch.distributed` tells them (`LinkMeter.count_all_to_all`)."""
+
 
 class LinkMeter:
     """Bytes that this rank sent, by level and class.
@@ -59,13 +62,24 @@ class LinkMeter:
     def installed(self) -> Iterator[LinkMeter]:
         """Count every collective called through `torch.distributed` inside the block. Not re-entrant."""
         original = {name: getattr(dist, name) for name in _COUNTERS if hasattr(dist, name)}
+        INSTALLED.append(self)
         try:
             for name, function in original.items():
                 _replace(name, self._counting(function, _COUNTERS[name]))
             yield self
         finally:
+            INSTALLED.remove(self)
             for name, function in original.items():
                 _replace(name, function)
+
+    def count_all_to_all(self, bytes_per_peer: list[int], group: dist.ProcessGroup | None) -> None:
+        """Count token traffic that a package sent through a communicator of its own.
+
+        Args:
+            bytes_per_peer: that this rank sent to each rank of the group, itself included.
+            group: process group of the same ranks; None for all.
+        """
+        self._send_splits(bytes_per_peer, group)
 
     def _counting(self, function: Callable[..., Any], count: Callable[[LinkMeter, dict[str, Any]], None]) -> Any:
         signature = inspect.signature(function)

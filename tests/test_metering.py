@@ -6,7 +6,9 @@ from collections import Counter
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 
+from moe import metering
 from moe.topology import cluster_of
 from tests.rank_parts import FLAT_LAYERS
 
@@ -96,3 +98,13 @@ def test_a_native_layer_sends_every_copy_four_times_and_the_counts_once(
         assert facts[rank]["sent"] == [[level, A2A, num_bytes] for level, num_bytes in sorted(expected.items())]
     if "capacity_factor" in FLAT_LAYERS[index][1]:
         assert sum(rank["num_dropped"] for rank in facts) > 0
+
+
+def test_what_a_package_sends_by_itself_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dist, "get_process_group_ranks", lambda group: [0, 1, 2, 3])
+    meter = metering.LinkMeter(cluster_of([2, 2]), rank=1)
+    with meter.installed():
+        assert metering.INSTALLED[-1] is meter
+        meter.count_all_to_all([1, 2, 30, 400], None)
+    assert not metering.INSTALLED
+    assert meter.sent == {(0, A2A): 2, (NODE, A2A): 1, (NETWORK, A2A): 430}

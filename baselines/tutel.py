@@ -1,0 +1,154 @@
+"""Tutel, the upstream package's layer (`tutel.moe.moe_layer`) and gate, with the suite's expert network and weights.
+
+Without a capacity factor nothing drops: upstream then pads every expert to the fullest one of any rank. With one, the
+copies drop that the suite's rule drops; upstream makes room in multiples of K, so the adapter asks for the next one and
+leaves out the slots above the suite's capacity. The balance loss is the suite's; upstream's agrees for K <= 2.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+
+from moe.errors import Refused
+from moe.gate import balance_loss
+from moe.mesh import Mesh, ranks_are_on_cuda
+from moe.slots import BatchedExperts, Slots
+from moe.system import ExpertView, LayerSpec, MoELayer, MoEOutput, System
+from moe.topology import Cluster
+
+PAGE = "https://github.com/microsoft/Tutel"
+
+
+class Options(BaseModel):
+    """Options of conf/system/tutel.yaml; upstream's names.
+
+    Args:
+        a2a_ffn_overlap_degree: parts that the slots are cut into, to overlap all-to-all and experts; CUDA only.
+        use_2dh: two-dimensional hierarchical all-to-all, between nodes and inside them.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+    a2a_ffn_overlap_degree: int = Field(default=1, ge=1, le=32)
+    use_2dh: bool = False
+
+
+class TutelLayer(MoELayer):
+    """Upstream's layer behind the suite's contract."""
+
+    def __init__(self, spec: LayerSpec, mesh: Mesh, options: Options) -> None:
+        super().__init__(spec, mesh)
+        overlaps = options.a2a_ffn_overlap_degree > 1
+        if mesh.edp_size > 1 and (overlaps or options.use_2dh):
+            raise Refused("Tutel's 2DH and overlap take all ranks for one expert-parallel group.")
+        _prepare_upstream(mesh, "nccl_all_to_all_scatter_async" if overlaps else "inject_source")
+        from tutel.impls.communicate import RestoreBackward
+        from tutel.moe import moe_layer
+
+        class RestoreInGroup(RestoreBackward):
+            """Gradients go back in the group; upstream's go through the default group, whatever group tokens took."""
+
+            @staticmethod
+            def forward(ctx: Any, received: Tensor, sent: Tensor) -> Tensor:
+                return RestoreBackward.forward(ctx, received, sent, mesh.ep_group)
+
+        self.restore = RestoreInGroup
+        self.experts = BatchedExperts(spec, mesh.local_experts(spec.num_experts), mesh.device)
+        slots = Slots(self.experts, mesh.ep_group, meter=overlaps and mesh.ep_size > 1)
+        self.upstream = moe_layer(
+            {"type": "top", "k": spec.top_k, "fp32_gate": True, "capacity_factor": 0.0},
+            spec.model_dim,
+            {"type": "custom", "module": lambda **_: slots, "num_experts_per_device": len(self.experts.experts)},
+            group=mesh.ep_group,
+            **options.model_dump(),
+        ).to(mesh.device)
+
+    def forward(self, x_TM: Tensor) -> MoEOutput:
+        """Route this rank's tokens [T, M]; T equal on all ranks where a capacity factor is set."""
+        from tutel.impls import communicate, losses
+
+        spec, capacity, factor = self.spec, math.inf, None
+        if spec.capacity_factor is not None:
+            capacity = spec.capacity(len(x_TM))
+            # Upstream makes room for K * int(factor * ceil(T / E)); the half keeps rounding errors off the edge.
+            factor = (math.ceil(capacity / spec.top_k) + 0.5) / math.ceil(len(x_TM) / spec.num_experts)
+        self.upstream.experts.capacity, self.upstream.experts.first_slot = capacity, 0
+        chosen: list[Tensor] = []
+
+        def loss(probs_TE: Tensor, expert_ids_TK: Tensor) -> Tensor:
+            chosen.append(expert_ids_TK)
+            return balance_loss(probs_TE, expert_ids_TK)
+
+        with _replaced(losses, "gshard_loss", loss), _replaced(communicate, "RestoreBackward", self.restore):
+            y_TM = self.upstream(x_TM.contiguous(), capacity_factor=factor)
+        counts_E = torch.bincount(chosen[0].flatten(), minlength=spec.num_experts)
+        dropped = (counts_E - capacity).clamp_min(0).sum().long()
+        return MoEOutput(y_TM, self.upstream.l_aux, counts_E, dropped, chosen[0])
+
+    @property
+    def gate_weight(self) -> nn.Parameter:
+        """[E, M]."""
+        return self.upstream.gates[0].wg.weight
+
+    def expert_views(self) -> list[ExpertView]:
+        """Views into the batched weights."""
+        return self.experts.views()
+
+    def stage_modules(self) -> tuple[nn.Module, ...]:
+        """Upstream's gate (its linear map; softmax and top-k count as dispatch) and the experts."""
+        return self.upstream.gates[0], self.experts
+
+
+class Tutel(System):
+    """Tutel as its authors ship it."""
+
+    name = "tutel"
+    implementation = "upstream"
+    summary = "Tutel: sparse encode and decode kernels, experts padded to equal capacity"
+    Options = Options
+
+    def refusals(self, spec: LayerSpec, cluster: Cluster) -> list[str]:
+        """Missing package, odd widths, and overlap where upstream has none or a wrong one."""
+        if find_spec("tutel") is None:
+            return [f"The package tutel is not installed; see {PAGE}."]
+        reasons = []
+        if spec.model_dim % 2:
+            reasons.append("Tutel takes an even model_dim only.")
+        overlaps = self.options.a2a_ffn_overlap_degree > 1
+        if overlaps and not ranks_are_on_cuda():
+            reasons.append("Tutel's a2a_ffn_overlap_degree works on CUDA only; elsewhere it would do nothing.")
+        if overlaps and self.options.use_2dh:  # it takes a CUDA device's number for the rank's place in its node
+            reasons.append("Tutel's overlapped 2DH mixes up ranks: use one of use_2dh and a2a_ffn_overlap_degree.")
+        return reasons
+
+    def build_layer(self, spec: LayerSpec, mesh: Mesh) -> MoELayer:
+        """Upstream's layer."""
+        return TutelLayer(spec, mesh, self.options)
+
+
+@contextmanager
+def _replaced(module: Any, name: str, stand_in: Any) -> Iterator[None]:
+    original = getattr(module, name)
+    setattr(module, name, stand_in)
+    try:
+        yield
+    finally:
+        setattr(module, name, original)
+
+
+def _prepare_upstream(mesh: Mesh, needed: str) -> None:
+    """Set what upstream reads from the environment, and make sure that its CUDA parts were built."""
+    os.environ.setdefault("NUMA_TYPE", "0")  # or its import binds this process to some cores, for other systems too
+    os.environ["LOCAL_SIZE"] = str(mesh.cluster.group_size(1))
+    import tutel_custom_kernel
+
+    if mesh.device.type == "cuda" and not hasattr(tutel_custom_kernel, needed):
+        raise Refused(f"Tutel was installed without its CUDA or NCCL parts; see {PAGE}.")
