@@ -53,8 +53,8 @@ def write_layer(folder: Path, baseline: str) -> pd.DataFrame:
 
 
 def _where(samples: Samples) -> str:
-    emulation = samples.metadata.get("emulation")
-    return f"Measured on {samples.metadata.get('cluster', 'an unknown cluster')}" + (
+    emulation = samples.metadata.get("emulation")  # says what stands in for a real cluster
+    return f"Measured on cluster {samples.metadata.get('cluster', 'unknown')}" + (
         f": {emulation}." if emulation else "."
     )
 
@@ -188,7 +188,7 @@ def stages_figure(samples: Samples, summary: pd.DataFrame, where: str) -> Figure
     panels[-1].set_xlabel("time of one forward and backward, ms")
     handles = [Patch(facecolor=STAGE_COLOURS.get(stage, PALE), edgecolor="white") for stage in STAGES]
     handles += [Patch(facecolor=GREY, edgecolor="white", hatch=hatch, linewidth=0.5) for hatch in ("", "////")]
-    figure.legend(handles, [*STAGES, *DIRECTIONS], loc="outside upper left", ncols=6)
+    figure.legend(handles, [*STAGES, *DIRECTIONS], loc="outside upper left", ncols=3)
     caption(figure, "Medians over rounds of the slowest rank, stage by stage.", where)
     return figure
 
