@@ -58,6 +58,8 @@ def shared_labels(runs: list[Run], samples: Samples) -> tuple[str, str, str]:
     shared = []
     for key, default in (("kind", "measured"), ("cluster", ""), ("emulation", "")):
         said = {str(footer[key]): path for path, footer in footers if key in footer}
+        if not said and key != "kind":  # no run came as far as a footer: what was declared
+            said = {told: run.path for run in runs if (told := run.declared(key))}
         if len(said) > 1:
             told = ", ".join(f"{value or 'nothing'} ({path})" for value, path in said.items())
             raise ResultsError(

@@ -53,7 +53,7 @@ def write(out_dir: Path, run_dirs: list[Path], samples_dir: Path | None, baselin
     summary = summarise(comparison)
     write_text(out_dir / INDEX, _index(out_dir, run_dirs, samples_dir, baseline))
     write_text(out_dir / "summary.csv", summary.to_csv(index=False))
-    source = f"{comparison.kind.capitalize()} on {where(comparison)}"
+    source = f"{comparison.kind.capitalize()} on {where(comparison) or 'a cluster that no file names.'}"
     write_text(out_dir / "summary.md", to_markdown(summary, source, comparison.notes, FIGURES))
     with suite_style():
         save(loss_figure(comparison), out_dir / "loss")

@@ -32,6 +32,7 @@ class Comparison:
         levels: names of the cluster's levels, innermost first, without the rank itself.
         timed_step: what one timed step is, such as `shape m256, workload uniform`; "" when nothing was timed.
         kind: `measured`, `modelled` or `simulated`.
+        ranks: such as `4 gloo ranks on one machine`; "" when nothing declares them.
         cluster, emulation: name of the cluster and the phrase that says what stands in for it ("" for a real one).
         notes: sentences that tell where the runs were not alike.
     """
@@ -48,6 +49,7 @@ class Comparison:
     levels: list[str]
     timed_step: str
     kind: str
+    ranks: str
     cluster: str
     emulation: str
     notes: list[str]
@@ -183,6 +185,7 @@ def compare(run_dirs: Sequence[Path], samples_dir: Path | None, baseline: str = 
         levels=checks.levels(loaded, table),
         timed_step=checks.timed_step(table),
         kind=kind,
+        ranks=next((run.ranks for run in loaded if run.ranks), ""),
         cluster=cluster,
         emulation=emulation,
         notes=checks.differences(done),

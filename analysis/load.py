@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Collection
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,18 @@ class Run:
         """`cluster` (its name) or `emulation` as manifest.json or config.yaml declare it; "" when neither does."""
         field_name = "name" if key == "cluster" else key
         return next((str(cluster[field_name]) for cluster in self._clusters() if cluster.get(field_name)), "")
+
+    @property
+    def ranks(self) -> str:
+        """How many ranks of which library, such as `4 gloo ranks on one machine`; "" when nothing declares them."""
+        for cluster in self._clusters():
+            levels = cluster.get("levels") or []
+            fanouts = [level["fanout"] for level in levels if isinstance(level, dict) and "fanout" in level]
+            if fanouts and all(isinstance(fanout, int) for fanout in fanouts):
+                library = {"cpu": "gloo ", "cuda": "NCCL "}.get(str(cluster.get("device")), "")
+                here = " on one machine" if cluster.get("launch") in ("spawn", "netns") else ""
+                return f"{prod(fanouts)} {library}ranks{here}"
+        return ""
 
     def _clusters(self) -> list[dict[str, Any]]:
         clusters = (self.manifest.get("cluster"), self.config.get("cluster"))

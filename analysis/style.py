@@ -30,7 +30,6 @@ DPI = 200
 _CAPTION_POINTS = 5.2
 GREY = "#5f5f5f"
 PALE = "#b8b8b8"
-OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#000000")
 
 
 class Look(NamedTuple):
@@ -58,7 +57,9 @@ KNOWN = {
     "combined": Look("#777777", "H"),
 }
 _MARKERS = ("o", "s", "^", "v", "P", "X", "<", ">", "D", "d", "*", "h", "p")
-_FREE = [Look(colour, marker) for colour in OKABE_ITO for marker in _MARKERS]
+_MOST_DRAWN = ("reference", "flat", "deepspeed", "fairscale", "combined")
+_FREE_COLOURS = [look.colour for system, look in KNOWN.items() if system not in _MOST_DRAWN]
+_FREE = [Look(colour, marker) for colour in _FREE_COLOURS for marker in _MARKERS]
 _FREE = [look for look in _FREE if look not in KNOWN.values()]
 
 STAGE_COLOURS = {"gate": "#DDAA33", "dispatch": "#6699CC", "experts": "#BBBBBB", "combine": "#004488"}

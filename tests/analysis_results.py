@@ -15,7 +15,7 @@ import yaml
 
 IMPLEMENTATIONS = {"flat": "native", "deepspeed": "upstream", "fairscale": "upstream", "reference": "native"}
 SLOWNESS = {"flat": 1.0, "deepspeed": 1.62, "fairscale": 1.95, "reference": 2.7}
-EMULATION = "4 gloo ranks on one machine, plain loopback, declared levels"
+EMULATION = "plain loopback, declared levels"
 LABELS = {"kind": "measured", "cluster": "local_2x2", "emulation": EMULATION, "schema_version": 1}
 STAGES = ("gate", "dispatch", "experts", "combine")
 ERROR_PARTS = ("output", "input_grad", "gate_grad", "expert_grad")
@@ -96,10 +96,10 @@ def write_run(
     folder = outputs / f"{system}-tiny-s{seed}-{abs(hash((len(system), seed))) % 16**10:010x}"
     folder.mkdir(parents=True)
     levels = [{"name": "node", "fanout": 2}, {"name": "network", "fanout": 2}]
-    settings = {"system": {"name": system}, "seed": seed, "cluster": {"name": "local_2x2", "levels": levels}}
-    settings |= {"model": {"name": "tiny", "top_k": 2}}
+    cluster = {"name": "local_2x2", "emulation": EMULATION, "levels": levels, "launch": "spawn", "device": "cpu"}
+    settings = {"system": {"name": system}, "seed": seed, "cluster": cluster, "model": {"name": "tiny", "top_k": 2}}
     (folder / "config.yaml").write_text(yaml.safe_dump(settings | (config or {})))
-    manifest = {"run_id": folder.name, "seed": seed, "cluster": settings["cluster"], "git": {"commit": "4257ce7"}}
+    manifest = {"run_id": folder.name, "seed": seed, "cluster": cluster, "git": {"commit": "4257ce7"}}
     (folder / "manifest.json").write_text(json.dumps(manifest | {"implementation": IMPLEMENTATIONS[system]}))
     (folder / "status.json").write_text(json.dumps({"status": status, "reason": reason, "step": 41}))
     if status == "done":

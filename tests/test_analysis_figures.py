@@ -187,7 +187,7 @@ def test_every_figure_names_systems_kind_and_cluster(good: Scene, name: str) -> 
     text = all_text(figure)
     for system, implementation in IMPLEMENTATIONS.items():
         assert f"{system} ({implementation})" in text
-    assert EMULATION in text
+    assert f"local_2x2: 4 gloo ranks on one machine, {EMULATION}." in text
     assert sum(item.get_text() == "measured" for item in texts(figure)) == len(figure.axes)
 
 
@@ -215,27 +215,32 @@ def test_what_is_missing_is_told(bad: Scene, name: str) -> None:
     assert told.get(name, "") in text
 
 
-def first_row(axes: Axes) -> list[float]:
-    """Widths of the bars of the first system."""
-    return [bar.get_width() for bar in axes.patches if isinstance(bar, Rectangle) and bar.get_y() < 0]
+def first_row(axes: Axes) -> list[Rectangle]:
+    """The bars of the first system, from left to right as drawn."""
+    return [bar for bar in axes.patches if isinstance(bar, Rectangle) and bar.get_y() < 0]
 
 
-def test_bars_are_as_long_as_the_summary_says(good: Scene) -> None:
+def test_bars_are_as_long_as_the_summary_says_and_stand_end_to_end(good: Scene) -> None:
     summary = good.summary.set_index(["system", "metric"])["value"]
-    figure = draw(good, "stages")
-    widths = first_row(figure.axes[0])
-    parts = [
-        f"{direction}/{stage}"
-        for direction in ("forward", "backward")
-        for stage in ("gate", "dispatch", "experts", "combine")
+    stages = ("gate", "dispatch", "experts", "combine")
+    parts = [f"{direction}/{stage}" for direction in ("forward", "backward") for stage in stages]
+    drawn = {1e3: [first_row(draw(good, "stages").axes[0])], 2**-20: [first_row(ax) for ax in draw(good, "bytes").axes]}
+    classes = ("alltoall", "reduction")
+    expected = {
+        1e3: [[summary["flat", f"stage_time/{part}"] for part in parts]],
+        2**-20: [[summary["flat", f"bytes/{level}/{kind}"] for kind in classes] for level in ("node", "network")],
+    }
+    for scale, rows in drawn.items():
+        for bars, values in zip(rows, expected[scale], strict=True):
+            ends = np.cumsum(values) * scale
+            assert [bar.get_x() for bar in bars] == pytest.approx([0, *ends[:-1]])
+            assert [bar.get_x() + bar.get_width() for bar in bars] == pytest.approx(list(ends))
+            half = len(bars) // 2  # forward before backward, token traffic before reductions: told apart by the hatch
+            assert [bool(bar.get_hatch()) for bar in bars] == [False] * half + [True] * half
+    assert [axes.get_title(loc="left") for axes in draw(good, "bytes").axes] == [
+        "over level node",
+        "over level network",
     ]
-    assert widths == pytest.approx([1e3 * summary["flat", f"stage_time/{part}"] for part in parts])
-    panels = draw(good, "bytes").axes
-    for axes, level in zip(panels, ("node", "network"), strict=True):
-        assert axes.get_title(loc="left") == f"over level {level}"
-        widths = [width * 2**20 for width in first_row(axes)]
-        expected = [summary["flat", f"bytes/{level}/{kind}"] for kind in ("alltoall", "reduction")]
-        assert widths == pytest.approx(expected)
 
 
 def test_every_round_is_a_point(good: Scene) -> None:

@@ -182,3 +182,19 @@ def test_samples_of_two_implementations_are_an_error(tmp_path: Path) -> None:
 
     with pytest.raises(ResultsError, match="flat is labelled both"):
         load_samples(write_samples(tmp_path, change=swap))
+
+
+@pytest.mark.parametrize(
+    ("cluster", "ranks"),
+    [
+        ({"device": "cpu", "launch": "netns"}, "4 gloo ranks on one machine"),
+        ({"device": "cuda", "launch": "join"}, "4 NCCL ranks"),
+        ({"levels": None}, ""),
+    ],
+)
+def test_ranks_in_words(tmp_path: Path, cluster: dict[str, object], ranks: str) -> None:
+    folder = write_run(tmp_path, "flat", 0)
+    (folder / "manifest.json").unlink()
+    declared = {"levels": [{"name": "node", "fanout": 2}, {"name": "network", "fanout": 2}]} | cluster
+    (folder / "config.yaml").write_text(yaml.safe_dump({"cluster": declared}))
+    assert load_run(folder).ranks == ranks

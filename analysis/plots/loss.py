@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
@@ -37,7 +39,10 @@ def loss_figure(comparison: Comparison) -> Figure:
         styles[comparison.reference] = {"linewidth": _GROUND_WIDTH, "alpha": 0.25, "zorder": 1.5}
     for index, system in enumerate(trained):
         _draw_losses(main, train, system, styles[system])
-        _draw_held_out(main, held_out, train, system, index - (len(trained) - 1) / 2)
+        apart = min(0.022, 0.1 / len(trained))
+        _draw_held_out(main, held_out, train, system, apart * (index - (len(trained) - 1) / 2))
+    if not trained:
+        _say(main, "no usable run")
     main.set_ylabel("loss, nats per token")
     panel(main, "Loss", comparison.kind, grid="y")
     panel(below, f"Distance to {comparison.label(comparison.reference)}", comparison.kind, grid="y")
@@ -50,7 +55,13 @@ def loss_figure(comparison: Comparison) -> Figure:
     return figure
 
 
-def _turns(index: int, num_systems: int) -> dict[str, object]:
+def _say(axes: Axes, reason: str) -> None:
+    """Why a panel is empty."""
+    axes.set_yticks([])
+    axes.text(0.5, 0.5, reason, transform=axes.transAxes, ha="center", va="center", color=GREY)
+
+
+def _turns(index: int, num_systems: int) -> dict[str, Any]:
     """Line style of the index-th of several systems whose dashes interleave; one alone is solid."""
     if num_systems == 1:
         return {"linewidth": _LINE_WIDTH, "zorder": 2}
@@ -64,40 +75,49 @@ def _by_seed(rows: pd.DataFrame, system: str) -> pd.DataFrame:
     return own.pivot(index="step", columns="seed", values="value").sort_index()
 
 
-def _draw_losses(axes: Axes, train: pd.DataFrame, system: str, style: dict[str, object]) -> None:
+def _draw_losses(axes: Axes, train: pd.DataFrame, system: str, style: dict[str, Any]) -> None:
     colour = look_of(system).colour
     curves = _by_seed(train, system)
     for seed in curves.columns if curves.shape[1] > 1 else []:
         axes.plot(curves.index, curves[seed], color=colour, linewidth=0.4, alpha=0.3, zorder=1)
-    axes.plot(curves.index, curves.mean(axis=1), color=colour, **style)  # type: ignore[arg-type]
+    axes.plot(curves.index, curves.mean(axis=1), color=colour, **style)
 
 
 def _draw_held_out(axes: Axes, held_out: pd.DataFrame, train: pd.DataFrame, system: str, place: float) -> None:
     look = look_of(system)
     points = held_out[held_out["system"] == system]
-    shift = place * 0.022 * max(float(train["step"].max() - train["step"].min()), 1.0)
-    style = {"color": "white", "mec": look.colour, "mew": 0.8, "ms": 3.6, "linestyle": "none", "zorder": 4}
-    axes.plot(points["step"] + shift, points["value"], look.marker, **style)  # type: ignore[arg-type]
+    shift = place * max(float(train["step"].max() - train["step"].min()), 1.0)
+    style: dict[str, Any] = {
+        "color": "white",
+        "mec": look.colour,
+        "mew": 0.8,
+        "ms": 3.6,
+        "linestyle": "none",
+        "zorder": 4,
+    }
+    axes.plot(points["step"] + shift, points["value"], look.marker, **style)
 
 
 def _draw_distances(axes: Axes, comparison: Comparison, train: pd.DataFrame, others: list[str]) -> None:
     reference = _by_seed(train, comparison.reference)
     largest = _LINEAR_BELOW
     drawn = False
-    for system in others if reference.size else []:
+    for index, system in enumerate(others if reference.size else []):
         distances = (_by_seed(train, system) - reference).abs().dropna(axis=1, how="all").dropna(how="all")
         if not distances.size:
             continue
         drawn = True
-        colour = look_of(system).colour
+        look = look_of(system)
         largest = max(largest, float(distances.max().max()))
         for seed in distances.columns if distances.shape[1] > 1 else []:
-            axes.plot(distances.index, distances[seed], color=colour, linewidth=0.4, alpha=0.3, zorder=2)
-        axes.plot(distances.index, distances.mean(axis=1), color=colour, linewidth=0.9, zorder=3)
+            axes.plot(distances.index, distances[seed], color=look.colour, linewidth=0.4, alpha=0.3, zorder=2)
+        # A few markers, each system's at steps of its own: with many systems colours alone don't tell.
+        every = max(1, len(distances) // 5)
+        places = (every * index // max(1, len(others)), every)
+        marker: dict[str, Any] = {"marker": look.marker, "ms": 3, "mfc": "white", "mew": 0.7, "markevery": places}
+        axes.plot(distances.index, distances.mean(axis=1), color=look.colour, linewidth=0.9, zorder=3, **marker)
     if not drawn:
-        axes.set_yticks([])
-        reason = f"no usable run to compare with {comparison.reference}"
-        axes.text(0.5, 0.5, reason, transform=axes.transAxes, ha="center", va="center", color=GREY)
+        _say(axes, f"no usable run to compare with {comparison.reference}")
         return
     top, bottom = int(np.ceil(np.log10(largest) + 0.2)), round(np.log10(_LINEAR_BELOW))
     # The stretch from 0 to the first decade is as high as a tick's label, however many decades lie above it.
@@ -108,15 +128,15 @@ def _draw_distances(axes: Axes, comparison: Comparison, train: pd.DataFrame, oth
     axes.set_ylim(-0.25 * _LINEAR_BELOW, 10.0**top)
 
 
-def _legend(comparison: Comparison, styles: dict[str, dict[str, object]]) -> tuple[list[Line2D], list[str]]:
+def _legend(comparison: Comparison, styles: dict[str, dict[str, Any]]) -> tuple[list[Line2D], list[str]]:
     handles, labels = [], []
     for system in comparison.systems:
         look, label = look_of(system), comparison.label(system)
         if system in styles:
             width = styles[system]["linewidth"]
-            marker = {"marker": look.marker, "ms": 3.6, "mfc": "white", "mec": look.colour, "mew": 0.8}
+            marker: dict[str, Any] = {"marker": look.marker, "ms": 3.6, "mfc": "white", "mec": look.colour, "mew": 0.8}
             colour = (look.colour, styles[system].get("alpha", 1.0))
-            handles.append(Line2D([], [], color=colour, linewidth=width, **marker))  # type: ignore[arg-type]
+            handles.append(Line2D([], [], color=colour, linewidth=width, **marker))
         else:
             handles.append(Line2D([], [], linestyle="none", marker="x", ms=3.6, color=GREY))
             problems = comparison.problems_of(system, "run")

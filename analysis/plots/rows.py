@@ -37,6 +37,8 @@ def no_number(axes: Axes, row: int, reason: str, length: int = 52) -> None:
         fontsize=5.5,
         style="italic",
         color=GREY,
+        bbox={"boxstyle": "square,pad=0.15", "facecolor": "white", "edgecolor": "none"},
+        zorder=5,
     )
 
 
@@ -57,4 +59,11 @@ def timed(comparison: Comparison) -> str:
 
 def where(comparison: Comparison) -> str:
     """The cluster of a comparison and what stands in for it, as a sentence."""
-    return ": ".join(part for part in (comparison.cluster, comparison.emulation) if part).rstrip(".") + "."
+    ranks = comparison.ranks
+    if "one machine" in comparison.emulation:
+        ranks = ranks.removesuffix(" on one machine")
+    if " ranks" in comparison.emulation:
+        ranks = ""
+    phrase = ", ".join(part for part in (ranks, comparison.emulation) if part)
+    told = ": ".join(part for part in (comparison.cluster, phrase) if part).rstrip(".")
+    return f"{told}." if told else ""

@@ -61,8 +61,9 @@ def stages_figure(comparison: Comparison, summary: pd.DataFrame) -> Figure:
     figure.legend([*handles, step_tick], [*stages, *DIRECTIONS, "whole step"], loc="outside upper left", ncols=4)
     caption(
         figure,
-        "Medians over rounds of the slowest rank, stage by stage: the stages of different ranks overlap, so a bar can "
-        "end behind the tick of the whole step.",
+        "Medians over rounds of the slowest rank, stage by stage, from rounds of their own under the stage clock. "
+        "Stages of different ranks overlap, so a bar can end behind the whole step, which also holds all that is no "
+        "stage.",
         partial(summary, comparison.systems, f"stage_time/{parts[0]}") if parts else "",
         timed(comparison),
         where(comparison),

@@ -65,6 +65,8 @@ def throughput_figure(comparison: Comparison, summary: pd.DataFrame) -> Figure:
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_formatter(ScalarFormatter())
         axes.set_xlim(low / 1.15, high * 1.15)
+    elif len(drawn) == 1:
+        axes.set_xlim(0, 1.1)
     else:
         margin = 0.05 * max(high - low, 0.2)
         axes.set_xlim(low - margin, high + margin)
