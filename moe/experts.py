@@ -6,6 +6,7 @@ Dimensions: R rows, M model, H hidden, L experts of this rank. No biases (Mixtra
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -82,10 +83,14 @@ class GroupedExperts(nn.Module):
     def views(self) -> list[ExpertView]:
         """Canonical views, one per expert and matrix."""
         return [
-            ExpertView(expert, name, parameter, lambda tensor, slot=slot: tensor[slot].t())
+            ExpertView(expert, name, parameter, partial(_canonical, slot))
             for slot, expert in enumerate(self.experts)
             for name, parameter in self.named_parameters()
         ]
+
+
+def _canonical(slot: int, tensor: Tensor) -> Tensor:
+    return tensor[slot].t()
 
 
 def feed_forward(
