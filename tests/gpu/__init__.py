@@ -1,1 +1,1 @@
-"""Tests that need GPUs: `make test-gpu`. CI has none, so they are not part of `make test`; results/ holds what they gave."""
+"""Tests that need GPUs: `make test-gpu`. CI has none, so `make test` leaves them out; results/ holds what they gave."""
