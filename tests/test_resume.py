@@ -1,0 +1,210 @@
+"""Runs of real ranks: every system side by side, killed, interrupted and resumed ones, and ranks of torchrun."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from experiments import cells, registry
+from experiments.cells import CellFailure, run_cells, run_dir_of
+from experiments.launch import RankFailure, run_ranks
+from experiments.results import RunDir, Status
+from tests.tiny import TWO_RANKS, by_step, repeatable, tiny, tiny_config, write_text
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+SYSTEMS = list(registry.discover())
+OTHERS = ["reference", *(name for name in ("deepspeed",) if find_spec(name))]
+"""Systems whose checkpoints flat goes on from: one that shards its experts otherwise, and one from upstream."""
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_text(tmp_path_factory.mktemp("data"))
+
+
+@contextmanager
+def acting(acts: list[dict[str, Any]], on_poll: Callable[[], None] | None = None) -> Iterator[None]:
+    """Let the ranks of `run_cells` do what `tests.rank_training` offers."""
+
+    def launch(target: str, payload: dict[str, Any], **more: Any) -> Any:
+        assert target == "experiments.training:run_rank"
+        return run_ranks("tests.rank_training:run_rank", {**payload, "acts": acts}, on_poll=on_poll, **more)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cells, "run_ranks", launch)
+        yield
+
+
+@contextmanager
+def ctrl_c_while_waiting(lock: Path, stop_file: Path) -> Iterator[Callable[[], None]]:
+    """An `on_poll` that presses Ctrl-C once rank 0 waits for the lock, and lets it go on when the wish is known."""
+    with lock.open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        pressed: list[bool] = []
+
+        def press() -> None:
+            if not pressed and lock.with_name(f"{lock.name}.reached").exists():
+                pressed.append(True)
+                os.kill(os.getpid(), signal.SIGINT)
+            elif stop_file.exists():
+                fcntl.flock(held, fcntl.LOCK_UN)
+
+        yield press
+
+
+@dataclass
+class Story:
+    """Runs of two ranks: every system's, and flat's twice more, in folders of their own: killed, and interrupted.
+
+    Args:
+        runs: every system by name, and flat going on from the last checkpoint of some: `from <system>`.
+        killed, interrupted: the folders of these two.
+    """
+
+    runs: dict[str, RunDir]
+    killed: RunDir
+    interrupted: RunDir
+    failures: list[CellFailure] = field(default_factory=list)
+    after_kill: Status | None = None
+    kept_by_kill: list[str] = field(default_factory=list)
+    after_ctrl_c: Status | None = None
+    kept_by_ctrl_c: list[str] = field(default_factory=list)
+    ctrl_c: str = ""
+
+
+@pytest.fixture(scope="module")
+def story(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Story:
+    """Three starts of the ranks: importing Lightning is what takes time, so they share what can be shared."""
+    base = tmp_path_factory.mktemp("story")
+    runs = {name: tiny_config(base, text, TWO_RANKS, f"system={name}") for name in SYSTEMS}
+    for name in ("flat", *OTHERS):
+        folder = f"trainer.resume_from={run_dir_of(runs[name]).path}"
+        runs[f"from {name}"] = tiny_config(base, text, TWO_RANKS, "trainer.max_steps=8", folder)
+    killed, interrupted = (tiny_config(base / name, text, TWO_RANKS) for name in ("killed", "interrupted"))
+    folders = {name: run_dir_of(run) for name, run in runs.items()}
+    story = Story(folders, run_dir_of(killed), run_dir_of(interrupted))
+    with acting([{"run_dir": str(story.killed.path), "step": 5, "die": True}]):
+        story.failures = run_cells([*runs.values(), killed], [])
+    story.after_kill, story.kept_by_kill = story.killed.status(), names(story.killed.checkpoints)
+    story.killed.set_status("running")  # as a parent that dies with its ranks leaves it
+
+    lock = base / "lock"
+    with ctrl_c_while_waiting(lock, story.killed.logs / "stop_requested") as press:
+        with acting([{"run_dir": str(story.interrupted.path), "step": 3, "wait": str(lock)}], press):
+            with pytest.raises(RankFailure) as stop:
+                run_cells([killed, interrupted], [])
+    story.ctrl_c = str(stop.value)
+    story.after_ctrl_c, story.kept_by_ctrl_c = story.interrupted.status(), names(story.interrupted.checkpoints)
+    assert run_cells([killed, interrupted], []) == []
+    return story
+
+
+def names(folder: Path) -> list[str]:
+    """Sorted names of all that is in a folder."""
+    return sorted(path.name for path in folder.iterdir())
+
+
+def assert_same_run(run_dir: RunDir, straight: RunDir) -> None:
+    """Bit for bit the same numbers: none missing, none twice, in the same order."""
+    state = run_dir.status()
+    assert state is not None
+    assert (state.status, state.step) == ("done", 6)
+    assert repeatable(run_dir) == repeatable(straight)
+    routing, expected = run_dir.read_routing(), straight.read_routing()
+    assert routing is not None and expected is not None
+    assert routing.keys() == expected.keys()
+    for name, array in expected.items():
+        assert np.array_equal(routing[name], array), name
+
+
+def test_a_run_that_is_killed_says_so_and_keeps_its_last_checkpoint(story: Story) -> None:
+    (failure,) = story.failures
+    assert run_dir_of(failure.config).path == story.killed.path
+    assert story.after_kill is not None
+    assert story.after_kill.status == "failed"
+    assert "was killed by signal 9" in story.after_kill.reason
+    assert story.kept_by_kill == ["step_2", "step_4"]
+
+
+def test_a_run_that_was_killed_ends_like_one_that_was_not(story: Story) -> None:
+    assert_same_run(story.killed, story.runs["flat"])
+    metrics = {row.metric for row in repeatable(story.runs["flat"])}
+    exact = {"loss", "val_loss", "aux_loss", "grad_norm", "bytes", "dropped_copies", "learning_rate"}
+    assert metrics == exact
+    assert {row.part for row in repeatable(story.runs["flat"]) if row.metric == "bytes"} >= {"network/alltoall"}
+
+
+def test_ctrl_c_saves_and_says_so(story: Story) -> None:
+    assert story.ctrl_c == "the run was interrupted: stopped by SIGINT"
+    assert story.after_ctrl_c is not None
+    assert (story.after_ctrl_c.status, story.after_ctrl_c.step) == ("interrupted", 3)
+    assert story.after_ctrl_c.reason == "stopped on request; the same command goes on from the last checkpoint"
+    assert story.kept_by_ctrl_c == ["step_2", "step_3"]
+
+
+def test_a_run_that_was_interrupted_ends_like_one_that_was_not(story: Story) -> None:
+    assert_same_run(story.interrupted, story.runs["flat"])
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_every_system_trains_as_the_reference_does(name: str, story: Story) -> None:
+    run_dir, reference = story.runs[name], story.runs["reference"]
+    state = run_dir.status()
+    assert state is not None
+    if state.status == "refused":
+        assert "is not installed" in state.reason
+        return
+    assert state.status == "done"
+    for metric, at_first, later in (
+        ("loss", 1e-5, 1e-3),
+        ("aux_loss", 1e-5, 5e-2),
+        ("grad_norm", 1e-4, 5e-2),
+        ("val_loss", 1e-3, 1e-3),
+    ):
+        got, expected = by_step(run_dir, metric), by_step(reference, metric)
+        assert list(got) == list(expected)
+        for step, value in expected.items():
+            assert got[step] == pytest.approx(value, rel=later if step else at_first), f"{metric} of step {step}"
+    routing, expected_routing = run_dir.read_routing(), reference.read_routing()
+    assert routing is not None and expected_routing is not None
+    assert np.array_equal(routing["expert_counts"][0], expected_routing["expert_counts"][0])
+    assert routing["sample_step"] == 5
+    counted = [np.bincount(ids_TK.ravel(), minlength=4) for ids_TK in routing["sample_expert_ids"]]
+    assert np.array_equal(counted, routing["expert_counts"][-1]), "the sample is of the step that it says"
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_flat_goes_on_from_another_systems_checkpoint(name: str, story: Story) -> None:
+    own, other = story.runs["from flat"], story.runs[f"from {name}"]
+    for metric, tolerance in (("loss", 1e-4), ("val_loss", 1e-4), ("grad_norm", 5e-2)):
+        expected = by_step(own, metric)
+        assert list(expected) == ([8] if metric == "val_loss" else [6, 7])
+        assert by_step(other, metric) == pytest.approx(expected, rel=tolerance)
+
+
+def test_torchrun_ranks_train_the_same(
+    tmp_path: Path, text: Path, story: Story, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={port}"]
+    command = [*torchrun, "-m", "experiments.train", *tiny(tmp_path, text, TWO_RANKS)]
+    loopback = "lo" if sys.platform == "linux" else "lo0"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": loopback}
+    subprocess.run(command, cwd=REPOSITORY, env=environment, check=True)
+    spawned = story.runs["flat"]
+    assert_same_run(RunDir(tmp_path / spawned.path.name), spawned)
+    assert capfd.readouterr().out.count("results: ") == 1  # one of the two speaks

@@ -1,0 +1,251 @@
+"""experiments.training and its callbacks: what is recorded of a run, and when; every system on four ranks.
+
+Most of these runs have this process as their only rank (`tests.tiny`).
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from experiments import callbacks, cells, module, registry
+from experiments.callbacks import Checkpointer, Progress, Recorder, Validator
+from experiments.cells import run_cells, run_dir_of
+from experiments.config import RunConfig
+from experiments.launch import RankFailure
+from experiments.module import LanguageModel
+from experiments.optimizer import lr_factor
+from experiments.ranks import STOP_FILE
+from experiments.results import RunDir
+from tests.tiny import ONE_RANK, by_step, repeatable, run_ranks_here, tiny_config, write_text
+
+SYSTEMS = list(registry.discover())
+Configure = Callable[..., RunConfig]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_text(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture
+def config(tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> Configure:
+    """Makes a config of one rank from overrides; runs of it take place in this process."""
+    monkeypatch.setattr(cells, "run_ranks", run_ranks_here)
+    return lambda *overrides: tiny_config(tmp_path / "out", text, ONE_RANK, *overrides)
+
+
+def train(config: RunConfig) -> RunDir:
+    """The folder of a run that must end well."""
+    assert run_cells([config], []) == []
+    return run_dir_of(config)
+
+
+def before_recording(monkeypatch: pytest.MonkeyPatch, action: Callable[[Recorder, int], None]) -> None:
+    """Call `action(recorder, steps done)` after every step, before it is recorded."""
+    record = Recorder.on_train_batch_end
+
+    def acted(self: Recorder, trainer: Any, *more: Any) -> None:
+        action(self, trainer.global_step)
+        record(self, trainer, *more)
+
+    monkeypatch.setattr(Recorder, "on_train_batch_end", acted)
+
+
+def test_every_metric_of_a_run(config: Configure) -> None:
+    run = config()
+    run_dir = train(run)
+    rows = run_dir.read_metrics()
+    assert len({(row.step, row.metric, row.part) for row in rows}) == len(rows), "a row stands there twice"
+    for metric in ("loss", "aux_loss", "dropped_copies", "grad_norm", "learning_rate", "step_time", "tokens_per_s"):
+        assert list(by_step(run_dir, metric)) == list(range(6)), metric
+    assert list(by_step(run_dir, "val_loss")) == [2, 4, 6]
+    assert list(by_step(run_dir, "dropped_copies").values()) == [0.0] * 6
+    rates = [run.trainer.lr * lr_factor(step, run.trainer) for step in range(6)]
+    assert list(by_step(run_dir, "learning_rate").values()) == rates
+    assert rates[:4] == [0.25e-3, 0.5e-3, 0.75e-3, 1e-3]  # four steps of warm-up
+    tokens = run.trainer.global_batch_size * run.model.seq_len
+    times = by_step(run_dir, "step_time")
+    assert by_step(run_dir, "tokens_per_s") == {step: tokens / time_s for step, time_s in times.items()}
+    assert by_step(run_dir, "loss")[0] == pytest.approx(np.log(run.model.vocab_size), rel=0.05)
+    assert by_step(run_dir, "val_loss")[6] < by_step(run_dir, "loss")[0]
+
+
+def test_the_learning_rate_that_is_recorded_is_the_one_that_was_used(
+    config: Configure, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used: list[float] = []
+    step = LanguageModel.configure_gradient_clipping
+
+    def noted(self: LanguageModel, optimizer: Any, **more: Any) -> None:
+        used.extend({group["lr"] for group in optimizer.param_groups})
+        step(self, optimizer, **more)
+
+    monkeypatch.setattr(LanguageModel, "configure_gradient_clipping", noted)
+    run_dir = train(config())
+    assert list(by_step(run_dir, "learning_rate").values()) == used
+
+
+def test_the_same_config_gives_the_same_numbers_and_another_seed_does_not(config: Configure, tmp_path: Path) -> None:
+    first, again, other = config(), config(f"output_dir={tmp_path}/again"), config("seed=1")
+    run_cells([first, again, other], [])
+    assert repeatable(run_dir_of(first)) == repeatable(run_dir_of(again))
+    assert by_step(run_dir_of(first), "loss")[0] != by_step(run_dir_of(other), "loss")[0]
+
+
+def test_checkpoints_and_validations_between_logged_steps(config: Configure) -> None:
+    """A checkpoint may come before anything was logged, and what is logged rarely is what is logged always."""
+    always = train(config())
+    rarely = train(config("trainer.log_every=4", "trainer.checkpoint_every=3", "trainer.val_every=5"))
+    assert list(by_step(rarely, "loss")) == [3, 5]  # the last step is always logged
+    assert list(by_step(rarely, "val_loss")) == [5, 6]
+    for metric in ("loss", "grad_norm", "learning_rate", "aux_loss"):
+        assert by_step(rarely, metric).items() <= by_step(always, metric).items()
+    assert by_step(rarely, "val_loss")[6] == by_step(always, "val_loss")[6]
+    routing, whole = rarely.read_routing(), always.read_routing()
+    assert routing is not None and whole is not None
+    assert routing["steps"].tolist() == [3, 5]
+    assert (routing["expert_counts"] == whole["expert_counts"][[3, 5]]).all()
+
+
+def test_two_checkpoints_are_kept_and_one_of_a_complete_run(config: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[set[str]] = []
+    before_recording(
+        monkeypatch, lambda recorder, done: seen.append({path.name for path in recorder.run_dir.checkpoints.iterdir()})
+    )
+    run_dir = train(config("trainer.checkpoint_every=1"))
+    steps = [set(), {"step_1"}, *({f"step_{done - 1}", f"step_{done}"} for done in range(2, 6))]
+    assert seen == steps
+    assert [path.name for path in run_dir.checkpoints.iterdir()] == ["step_6"]
+
+
+class Clock:
+    """Time that passes only when a test says so."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def perf_counter(self) -> float:
+        """Seconds."""
+        return self.now
+
+    def slow(self, monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, seconds: float) -> None:
+        """Make a method take so long."""
+        method = getattr(owner, name)
+
+        def slowed(*arguments: Any, **more: Any) -> Any:
+            self.now += seconds
+            return method(*arguments, **more)
+
+        monkeypatch.setattr(owner, name, slowed)
+
+
+@pytest.mark.parametrize("log_every", [1, 2, 4])
+def test_a_step_is_timed_without_validation_and_checkpoint(
+    config: Configure, monkeypatch: pytest.MonkeyPatch, log_every: int
+) -> None:
+    clock = Clock()
+    for owner in (callbacks, module):
+        monkeypatch.setattr(owner, "time", SimpleNamespace(perf_counter=clock.perf_counter))
+    clock.slow(monkeypatch, LanguageModel, "training_step", 2.0)
+    clock.slow(monkeypatch, Recorder, "on_train_batch_start", 0.5)  # harness
+    clock.slow(monkeypatch, Recorder, "_record", 8.0)  # harness of the next interval, and no part of a step's time
+    clock.slow(monkeypatch, Validator, "_loss", 100.0)
+    clock.slow(monkeypatch, Checkpointer, "_save", 1000.0)
+    run_dir = train(config(f"trainer.log_every={log_every}", "trainer.val_every=3", "trainer.checkpoint_every=1"))
+    assert set(by_step(run_dir, "step_time").values()) == {2.5}
+    first, *later = by_step(run_dir, "harness_time").items()
+    assert first == (log_every - 1, 0.5)
+    previous = first[0]
+    for step, harness_s in later:
+        assert harness_s == 0.5 + 8.0 / (step - previous)
+        previous = step
+
+
+def test_a_run_that_was_finished_but_not_marked_so(config: Configure) -> None:
+    run = config()
+    run_dir = train(run)
+    before, routing = repeatable(run_dir), run_dir.read_routing()
+    run_dir.set_status("running")
+    train(run)
+    state = run_dir.status()
+    assert state is not None and (state.status, state.step) == ("done", 6)
+    assert repeatable(run_dir) == before
+    again = run_dir.read_routing()
+    assert routing is not None and again is not None
+    assert all((again[name] == array).all() for name, array in routing.items())
+
+
+def test_a_stop_at_the_last_step_leaves_that_run_complete_and_ends_the_next_at_its_first(
+    config: Configure, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(recorder: Recorder, done: int) -> None:
+        if recorder.config.seed == 0 and done == 6:
+            recorder.info.stop_file.touch()
+
+    def interrupted(target: str, payload: dict[str, Any], **more: Any) -> Any:
+        value = run_ranks_here(target, payload, **more)
+        if value is None and (more["log_dir"] / STOP_FILE).exists():  # as experiments.launch has it
+            raise RankFailure("interrupted", None, "stopped by SIGINT")
+        return value
+
+    before_recording(monkeypatch, stop)
+    first, second = config(), config("seed=1")
+    monkeypatch.setattr(cells, "run_ranks", interrupted)
+    with pytest.raises(RankFailure, match="interrupted"):
+        run_cells([first, second], [])
+    done, state = run_dir_of(first).status(), run_dir_of(second).status()
+    assert done is not None and (done.status, done.reason) == ("done", "")
+    assert state is not None and (state.status, state.step) == ("interrupted", 1)
+    assert state.reason == "stopped on request; the same command goes on from the last checkpoint"
+    monkeypatch.undo()
+    monkeypatch.setattr(cells, "run_ranks", run_ranks_here)
+    assert list(by_step(train(second), "loss")) == list(range(6))
+
+
+def test_sigterm_stays_with_the_suite(config: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lightning's own handler would start a broadcast in the middle of the model's collectives."""
+    seen: list[Any] = []
+    before_recording(monkeypatch, lambda recorder, done: seen.append(signal.getsignal(signal.SIGTERM)))
+
+    def handler(*_arguments: Any) -> None:
+        raise AssertionError("nobody sends it")
+
+    with handling(signal.SIGTERM, handler):
+        train(config("trainer.max_steps=4"))
+        assert seen == [handler] * 4
+        assert signal.getsignal(signal.SIGTERM) is handler
+
+
+@contextmanager
+def handling(number: signal.Signals, handler: Callable[..., None]) -> Iterator[None]:
+    """A signal handler for a while."""
+    before = signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        signal.signal(number, before)
+
+
+def test_progress_in_plain_lines(config: Configure) -> None:
+    lines: list[str] = []
+    progress = Progress(config("trainer.max_steps=40", "trainer.progress=lines"), 0, lines.append)
+    for done in range(1, 41):
+        progress.advance(done, 1.0 / done)
+    assert lines == [f"flat seed 0: step {done}/40, loss {1 / done:.4f}" for done in range(4, 41, 4)]
+
+
+def test_progress_as_a_bar_goes_on_where_the_run_does(config: Configure, capsys: pytest.CaptureFixture[str]) -> None:
+    progress = Progress(config("trainer.max_steps=40", "trainer.progress=bar"), 20)
+    assert progress.bar is not None and progress.bar.n == 20
+    progress.advance(40, 2.0)
+    shown = capsys.readouterr()
+    assert "40/40" in shown.out and "loss=2.0000" in shown.out
+    assert shown.err == ""  # which is the log of the rank
