@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -30,3 +31,15 @@ def rank_facts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[
         log_dir=tmp_path_factory.mktemp("rank_parts"),
         timeout_s=60,
     )
+
+
+@pytest.fixture(scope="session")
+def model_facts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """A folder of checkpoints that four ranks saved, and what they recorded of every system's models."""
+    from experiments.launch import run_ranks
+
+    folder = tmp_path_factory.mktemp("rank_models")
+    payload = {"folder": str(folder)}
+    logs = folder / "logs"
+    facts = run_ranks("tests.rank_models:measure", payload, num_ranks=4, ranks_per_node=2, log_dir=logs, timeout_s=60)
+    return folder, facts

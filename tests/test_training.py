@@ -1,6 +1,6 @@
-"""experiments.training and its callbacks: what is recorded of a run, and when; every system on four ranks.
+"""experiments.training and its callbacks: what is recorded of a run, and when.
 
-Most of these runs have this process as their only rank (`tests.tiny`).
+These runs have this process as their only rank (`tests.tiny`); real ranks are in test_resume.py.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from experiments import callbacks, cells, module, registry
+from experiments import callbacks, cells, module
 from experiments.callbacks import Checkpointer, Progress, Recorder, Validator
 from experiments.cells import run_cells, run_dir_of
 from experiments.config import RunConfig
@@ -26,7 +26,6 @@ from experiments.ranks import STOP_FILE
 from experiments.results import RunDir
 from tests.tiny import ONE_RANK, by_step, repeatable, run_ranks_here, tiny_config, write_text
 
-SYSTEMS = list(registry.discover())
 Configure = Callable[..., RunConfig]
 
 
