@@ -29,8 +29,13 @@ from moe.metering import CLASSES, LinkMeter
 from moe.system import MoEOutput
 
 
+GATHER_STEPS = 10
+GATHER_S = 2.0
+"""The ranks' numbers are gathered after so many logged steps, or after so many seconds if steps are slow."""
+
+
 class Recorder(L.Callback):
-    """Collects what each logged step did, over all ranks, in one gather; rank 0 keeps the rows.
+    """Collects what each logged step did, over all ranks, several steps in one gather; rank 0 keeps the rows.
 
     Args:
         config: of the run.
@@ -65,6 +70,8 @@ class Recorder(L.Callback):
         self.counted_steps: list[int] = []
         self.sample: tuple[int, np.ndarray] | None = None
         self.recording_s = 0.0
+        self._pending: list[tuple[int, Tensor]] = []
+        self._gather_after = 1
         self._interval_start, self._interval_step = 0.0, start_step
         self._watching: list[RemovableHandle] = []
         self._choices: list[Tensor] = []
@@ -111,11 +118,11 @@ class Recorder(L.Callback):
         step_s = (started - self._interval_start) / num_steps
         harness_s = step_s - module.work_s / num_steps + self.recording_s / num_steps
         module.work_s = 0.0
-        gathered = self._gather(module, step_s, harness_s)
-        self.stopped = bool(gathered[:, 0].any())
-        if self.info.rank == 0:
-            self._record(done - 1, gathered, module, trainer)
-        if done == self.config.trainer.max_steps:
+        self._pending.append((done - 1, self._numbers(module, step_s, harness_s)))
+        last = done == self.config.trainer.max_steps
+        if last or done % self.config.trainer.checkpoint_every == 0 or len(self._pending) >= self._gather_after:
+            self._gather(len(module.losses.moe))
+        if last:
             self._gather_choices(done - 1)
         self.recording_s = time.perf_counter() - started
         self._restart_interval(done)
@@ -132,31 +139,40 @@ class Recorder(L.Callback):
         synchronise(self.mesh.device)
         self._interval_start += time.perf_counter() - started
 
-    def _gather(self, module: LanguageModel, step_s: float, harness_s: float) -> Tensor:
-        """[W, n] float64 on the CPU: the numbers of every rank. Collective."""
+    def _numbers(self, module: LanguageModel, step_s: float, harness_s: float) -> Tensor:
+        """What this rank says of the step: float64 [n], in the order in which `_record` takes it apart."""
         losses = module.losses
-        scalars = [float(self.info.stop_requested()), step_s, harness_s]
-        tensors = [losses.cross_entropy, losses.aux_loss, *(output.num_dropped for output in losses.moe)]
-        parts = [torch.tensor(scalars, dtype=torch.float64), *(t.detach().double().cpu().view(1) for t in tensors)]
-        parts.append(self.meter.as_tensor().flatten())
-        parts += [output.counts_E.double().cpu() for output in losses.moe]
-        mine = torch.cat(parts).to(self.mesh.device)
-        gathered = [torch.empty_like(mine) for _ in range(self.mesh.world_size)]
-        dist.all_gather(gathered, mine)
-        return torch.stack(gathered).cpu()
+        scalars = [float(self.info.stop_requested()), step_s, harness_s, module.learning_rate]
+        tensors = [module.grad_norm, losses.cross_entropy, losses.aux_loss]
+        tensors += [output.num_dropped for output in losses.moe] + [output.counts_E for output in losses.moe]
+        flat = torch.cat([tensor.detach().double().view(-1) for tensor in tensors]).cpu()
+        return torch.cat([torch.tensor(scalars, dtype=torch.float64), flat, self.meter.as_tensor().flatten()])
 
-    def _record(self, step: int, gathered: Tensor, module: LanguageModel, trainer: L.Trainer) -> None:
-        num_layers, num_experts = len(module.losses.moe), self.config.model.num_experts
-        num_levels = len(self.mesh.cluster.levels)
-        sizes = [1, 1, 1, 1, 1, num_layers, num_levels * len(CLASSES), num_layers * num_experts]
-        _, step_s, harness_s, loss, aux_loss, dropped, sent, counts = gathered.split(sizes, dim=1)
+    def _gather(self, num_layers: int) -> None:
+        """Share the pending steps' numbers, agree on stopping, and keep the rows on rank 0. Collective."""
+        mine = torch.stack([numbers for _, numbers in self._pending]).to(self.mesh.device)
+        parts = [torch.empty_like(mine) for _ in range(self.mesh.world_size)]
+        dist.all_gather(parts, mine)
+        gathered = torch.stack(parts, dim=1).cpu()  # [steps, W, n]
+        self.stopped = bool(gathered[-1, :, 0].any())
+        slowest_s = float(gathered[:, :, 1].max())  # the same on all ranks, so they gather together next time, too
+        self._gather_after = min(GATHER_STEPS, max(1, int(GATHER_S / slowest_s)))
+        if self.info.rank == 0:
+            for (step, _), numbers in zip(self._pending, gathered, strict=True):
+                self._record(step, numbers, num_layers)
+        self._pending.clear()
+
+    def _record(self, step: int, numbers: Tensor, num_layers: int) -> None:
+        num_experts, num_levels = self.config.model.num_experts, len(self.mesh.cluster.levels)
+        sizes = [1] * 7 + [num_layers, num_layers * num_experts, num_levels * len(CLASSES)]
+        _, step_s, harness_s, rate, norm, loss, aux_loss, dropped, counts, sent = numbers.split(sizes, dim=1)
         num_tokens = self.config.trainer.global_batch_size * self.config.model.seq_len
         slowest = float(step_s.max())
         self._add(step, "loss", float(loss.mean()), "nats/token")
         self._add(step, "aux_loss", float(aux_loss.mean()), "1")
         self._add(step, "dropped_copies", float(dropped.sum()), "copies/step")
-        self._add(step, "grad_norm", float(module.grad_norm), "1")
-        self._add(step, "learning_rate", module.learning_rate, "1")
+        self._add(step, "grad_norm", float(norm[0]), "1")
+        self._add(step, "learning_rate", float(rate[0]), "1")
         self._add(step, "step_time", slowest, "s")
         self._add(step, "tokens_per_s", num_tokens / slowest, "tokens/s")
         self._add(step, "harness_time", float(harness_s.max()), "s")
