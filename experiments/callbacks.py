@@ -28,7 +28,6 @@ from moe.mesh import Mesh
 from moe.metering import CLASSES, LinkMeter
 from moe.system import MoEOutput
 
-
 GATHER_STEPS = 10
 GATHER_S = 2.0
 """The ranks' numbers are gathered after so many logged steps, or after so many seconds if steps are slow."""
