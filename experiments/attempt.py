@@ -19,16 +19,17 @@ FATAL = ("config", "timeout", "lost_peer", "interrupted")
 def attempt(action: Callable[[], Value]) -> tuple[Value | None, tuple[str, str] | None]:
     """Do something on every rank; it counts only when all of them could. Collective.
 
-    A rank that fails while the others wait for it inside `action` can't be helped: they end with a timeout.
-
     Args:
-        action: may raise.
+        action: may raise; best without communication, so that no rank waits in it for one that failed.
 
     Returns:
         This rank's value and None; or None and (status, reason) of the first rank that failed, the same on all ranks.
         A status is `failed`, `oom` or `refused`.
+
+    Raises:
+        Exception: what this rank failed with, when it can't be settled: the others wait for it inside `action`.
     """
-    value, failure = None, None
+    value = None
     try:
         value = action()
     except Exception as error:
@@ -36,11 +37,19 @@ def attempt(action: Callable[[], Value]) -> tuple[Value | None, tuple[str, str] 
         if kind in FATAL:
             raise
         traceback.print_exc()  # into this rank's log
-        failure = (kind, describe(error))
+        try:
+            first = _first((kind, describe(error)))
+        except Exception:
+            raise error from None  # what the others see is its consequence
+    else:
+        first = _first(None)
+    return (value, None) if first is None else (None, first)
+
+
+def _first(failure: tuple[str, str] | None) -> tuple[str, str] | None:
     failures: list[tuple[str, str] | None] = [None] * dist.get_world_size()
     dist.all_gather_object(failures, failure)
-    first = next((told for told in failures if told is not None), None)
-    return (value, None) if first is None else (None, first)
+    return next((told for told in failures if told is not None), None)
 
 
 def stop_agreed(info: RankInfo) -> bool:

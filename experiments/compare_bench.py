@@ -75,9 +75,11 @@ def _time_seed(runs: list[RunConfig], config: CompareConfig, mesh: Mesh, failed:
             observed, failure = attempt(functools.partial(_observe_layer, run, spec, mesh))
             if failure is None:
                 trainee, failure = attempt(functools.partial(_trainee, run, mesh, writer))
+            if trainee is not None:  # what can't run fails here, not amid the timing
+                _, failure = attempt(trainee.step)
         if failure is not None:
             writer.add_status(*failure)
-        if trainee is not None and observed is not None:
+        elif trainee is not None and observed is not None:
             trainees.append(trainee)
             if system.name == "reference":
                 expected = observed
@@ -118,7 +120,6 @@ def _trainee(run: RunConfig, mesh: Mesh, writer: SampleWriter) -> Trainee:
         sync.clip(run.trainer.grad_clip or 0.0)
         optimizer.step()
 
-    step()  # what can't run fails here, not amid the timing
     return Trainee(gpt, step, writer)
 
 

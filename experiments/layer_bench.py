@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from experiments import registry
-from experiments.attempt import attempt
+from experiments.attempt import attempt, stop_agreed
+from experiments.config import LayerRunConfig, LayerShape, WorkloadConfig, cluster_from, load
+from experiments.model import DTYPES
+from experiments.ranks import RankInfo
 from experiments.samples import SampleRow, SampleWriter
 from experiments.timing import (
     Observed,
@@ -21,10 +24,11 @@ from experiments.timing import (
     stage_rounds,
     synchronise,
 )
-from moe.mesh import Mesh
+from moe.mesh import Mesh, create_mesh
 from moe.metering import LinkMeter
 from moe.system import LayerSpec, MoELayer, System
 from moe.weights import load_layer
+from moe.workload import Workload, expert_ids, gate_for, tokens_for
 
 STAGE_ROUNDS = 5
 CHECKED_TOKENS = 1024
@@ -55,10 +59,61 @@ class Case:
 class Candidate:
     """One system's layer, ready to be stepped."""
 
-    system: System
     layer: MoELayer
     step: Callable[[], None]
     writer: SampleWriter
+
+
+def measure(payload: dict[str, Any], info: RankInfo) -> list[list[Any]] | None:
+    """Measure every shape, in this rank.
+
+    Args:
+        payload: `config`: of the run.
+        info: of this rank.
+
+    Returns:
+        Sample rows, the same on every rank; None when a stop was asked for before all shapes were measured.
+    """
+    config = load("layer", payload["config"])
+    assert isinstance(config, LayerRunConfig)
+    mesh = create_mesh(cluster_from(config.cluster), info.device)
+    systems = {s.name: registry.create(s.name, s.options) for s in config.systems}
+    rows: list[list[Any]] = []
+    for shape in config.shapes:
+        if stop_agreed(info):
+            return None
+        case = build_case(config, shape, mesh)
+        rows += map(
+            list, measure_case(case, systems, mesh, rounds=config.rounds, warmup=config.warmup, check=config.check)
+        )
+        if info.rank == 0:
+            print(f"layer {shape.name}: measured {', '.join(systems)}", flush=True)
+    return rows
+
+
+def build_case(config: LayerRunConfig, shape: LayerShape, mesh: Mesh) -> Case:
+    """The layer, and tokens of this rank that its gate routes as the workload says."""
+    dtype = DTYPES[config.dtype]
+    spec = LayerSpec(
+        model_dim=shape.model_dim,
+        hidden_dim=shape.hidden_dim,
+        num_experts=shape.num_experts,
+        top_k=shape.top_k,
+        activation=shape.activation,
+        capacity_factor=config.capacity_factor,
+        dtype=dtype,
+        seed=config.seed,
+    )
+    drawn = Workload(config.workload.kind, config.workload.exponent, config.workload.path)
+    ids_TK = expert_ids(drawn, shape.tokens_per_rank, shape.num_experts, shape.top_k, config.seed, mesh.rank)
+    x_TM = tokens_for(ids_TK, shape.model_dim, shape.num_experts, config.seed, mesh.rank, dtype, mesh.device)
+    gate_EM = gate_for(shape.num_experts, shape.model_dim, mesh.device)
+    return Case(shape.name, workload_name(config.workload), spec, x_TM, gate_EM, config.seed)
+
+
+def workload_name(workload: WorkloadConfig) -> str:
+    """What results call it: `uniform`, `zipf 1.0`, `replay`."""
+    return f"zipf {workload.exponent}" if workload.kind == "zipf" else workload.kind
 
 
 def measure_case(
@@ -86,15 +141,12 @@ def measure_case(
     rows: list[SampleRow] = []
     for name, system in systems.items():
         writer = SampleWriter(name, system.implementation, case.shape, case.workload, case.seed)
-        reasons = system.refusals(case.spec, mesh.cluster)
-        prepare = functools.partial(_prepare, case, system, mesh, grad_TM, writer, expected)
-        candidate, failure = (None, ("refused", " ".join(reasons))) if reasons else attempt(prepare)
+        candidate, failure = _prepare(case, system, mesh, grad_TM, writer, expected)
         if candidate is not None:
             candidates.append(candidate)
         elif failure is not None:
-            failed = SampleWriter(*writer.key)  # without what was measured before it failed
-            failed.add_status(*failure)
-            rows += failed.rows
+            writer.add_status(*failure)
+            rows += writer.rows
     times = interleave({c.writer.key[0]: c.step for c in candidates}, rounds, warmup, mesh.device)
     for candidate in candidates:
         candidate.writer.add("step_time", times[candidate.writer.key[0]], "s")
@@ -105,14 +157,13 @@ def measure_case(
 
 def _prepare(
     case: Case, system: System, mesh: Mesh, grad_TM: Tensor, writer: SampleWriter, expected: Observed | None
-) -> Candidate:
-    layer = system.build_layer(case.spec, mesh)
-    load_layer(layer)
-    with torch.no_grad():
-        layer.gate_weight.copy_(case.gate_EM)
-        for parameter in layer.parameters():
-            if parameter is not layer.gate_weight:  # weights in the dtype of the arithmetic, as in a tuned run
-                parameter.data = parameter.data.to(case.spec.dtype)
+) -> tuple[Candidate | None, tuple[str, str] | None]:
+    """A candidate that has taken one step, its errors already written; or (status, reason). Collective."""
+    if reasons := system.refusals(case.spec, mesh.cluster):
+        return None, ("refused", " ".join(reasons))
+    layer, failure = attempt(lambda: _build(case, system, mesh))
+    if layer is None:
+        return None, failure
     x_TM = case.x_TM.detach().requires_grad_()
 
     def step() -> None:
@@ -122,12 +173,29 @@ def _prepare(
         output = layer(x_TM)
         torch.autograd.backward([output.y_TM, output.aux_loss], [grad_TM, None])
 
-    step()  # what can't run fails here, not amid the timing
-    synchronise(mesh.device)
-    candidate = Candidate(system, layer, step, writer)
-    if expected is not None:
-        _add_errors(candidate, case, expected, mesh)
-    return candidate
+    def try_out() -> dict[str, float]:  # what can't run fails here, not amid the timing
+        step()
+        synchronise(mesh.device)
+        return {} if expected is None else _errors(case, system, mesh, expected)
+
+    errors, failure = attempt(try_out)
+    if errors is None:
+        return None, failure
+    worst = over_ranks(torch.tensor(list(errors.values()), dtype=torch.float64), dist.ReduceOp.MAX, mesh.device)
+    for part, error in zip(errors, worst.tolist(), strict=True):
+        writer.add("relative_error", [error], "1", part)
+    return Candidate(layer, step, writer), None
+
+
+def _build(case: Case, system: System, mesh: Mesh) -> MoELayer:
+    layer = system.build_layer(case.spec, mesh)
+    load_layer(layer)
+    with torch.no_grad():
+        layer.gate_weight.copy_(case.gate_EM)
+        for parameter in layer.parameters():
+            if parameter is not layer.gate_weight:  # weights in the dtype of the arithmetic, as in a tuned run
+                parameter.data = parameter.data.to(case.spec.dtype)
+    return layer
 
 
 def _observe(candidate: Candidate, case: Case, mesh: Mesh) -> None:
@@ -162,9 +230,6 @@ def _checked_tokens(case: Case, mesh: Mesh) -> tuple[Tensor, Tensor]:
     return x_TM, torch.randn(x_TM.shape, generator=generator).to(mesh.device)
 
 
-def _add_errors(candidate: Candidate, case: Case, expected: Observed, mesh: Mesh) -> None:
+def _errors(case: Case, system: System, mesh: Mesh, expected: Observed) -> dict[str, float]:
     x_TM, grad_TM = _checked_tokens(case, mesh)
-    errors = Observed(candidate.system, case.spec, mesh, x_TM, grad_TM, case.gate_EM).errors(expected)
-    worst = over_ranks(torch.tensor(list(errors.values()), dtype=torch.float64), dist.ReduceOp.MAX, mesh.device)
-    for part, error in zip(errors, worst.tolist(), strict=True):
-        candidate.writer.add("relative_error", [error], "1", part)
+    return Observed(system, case.spec, mesh, x_TM, grad_TM, case.gate_EM).errors(expected)
