@@ -1,0 +1,70 @@
+"""What ranks do for the tests of experiments.layer: several benchmarks in one start, with systems that fail in them."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+
+from experiments import layer_bench, registry, timing
+from experiments.ranks import RankInfo
+from moe.layer import NativeMoE
+from moe.mesh import Mesh
+from moe.system import LayerSpec, MoELayer, System
+
+
+class Broken(System):
+    """Can't build its layer."""
+
+    name = "broken"
+    implementation = "native"
+    summary = "fails"
+
+    def build_layer(self, spec: LayerSpec, mesh: Mesh) -> MoELayer:
+        """Fail."""
+        raise ValueError("no such kernel")
+
+
+class Hungry(System):
+    """Runs out of memory on rank 1, before it communicates."""
+
+    name = "hungry"
+    implementation = "native"
+    summary = "runs out of memory"
+
+    def build_layer(self, spec: LayerSpec, mesh: Mesh) -> MoELayer:
+        """Fail on rank 1."""
+        if mesh.rank == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 TiB")
+        return NativeMoE(spec, mesh)
+
+
+SYSTEMS = {**registry.discover(), "broken": Broken, "hungry": Hungry}
+
+
+def measure(payload: dict[str, Any], info: RankInfo) -> dict[str, Any]:
+    """Sample rows of every config in `payload["configs"]`, by name; `ranks_agree`; `interleaved` seconds."""
+    with mock.patch.object(registry, "discover", return_value=SYSTEMS):
+        rows = {name: layer_bench.measure({"config": config}, info) for name, config in payload["configs"].items()}
+    gathered: list[Any] = [None] * info.world_size
+    dist.all_gather_object(gathered, repr(rows))
+    agree = all(told == gathered[0] for told in gathered)
+    return {"rows": rows, "ranks_agree": agree, "interleaved": interleaved(info)}
+
+
+def interleaved(info: RankInfo) -> dict[str, list[float]]:
+    """Two candidates, whose steps take as many seconds as the rank's number, and 10 on rank 1 at the second step."""
+    clock = {"now": 0.0, "steps": 0}
+
+    def even() -> None:
+        clock["now"] += info.rank
+
+    def uneven() -> None:
+        clock["steps"] += 1
+        clock["now"] += 10.0 if (info.rank, clock["steps"]) == (1, 2) else info.rank
+
+    with mock.patch.object(timing, "time", SimpleNamespace(perf_counter=lambda: clock["now"])):
+        return timing.interleave({"even": even, "uneven": uneven}, rounds=3, warmup=0, device=info.device)
