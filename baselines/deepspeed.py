@@ -32,7 +32,7 @@ class Options(BaseModel):
     Args:
         min_capacity: fewest slots of an expert when a capacity factor is set.
         use_rts: where K = 1 drops, drop at random.
-        use_tutel: upstream's Tutel kernels, K = 1 only; needs the package.
+        use_tutel: upstream's Tutel kernels; needs the package.
     """
 
     model_config = ConfigDict(extra="forbid")

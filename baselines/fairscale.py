@@ -15,6 +15,7 @@ import torch.distributed as dist
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
+from moe.errors import Refused
 from moe.experts import ExpertFFN
 from moe.gate import TopKGate, queue_positions
 from moe.mesh import Mesh
@@ -118,6 +119,8 @@ class FairscaleLayer(MoELayer):
     def forward(self, x_TM: Tensor) -> MoEOutput:
         """Route this rank's tokens [T, M]; T a multiple of this rank's experts, as upstream asserts."""
         num_local = len(self.upstream.experts)
+        if len(x_TM) % num_local:
+            raise Refused(f"fairscale needs tokens in multiples of a rank's {num_local} experts, not {len(x_TM)}.")
         y_TM = self.upstream(x_TM.view(num_local, -1, x_TM.shape[1])).view_as(x_TM)
         gate = self.upstream.gate
         ids_TK = gate.expert_ids_TK

@@ -47,7 +47,6 @@ class Recorder(L.Callback):
 
     Attributes:
         stopped: all ranks agreed to stop.
-        recording_s: seconds that the last logged step's recording took.
     """
 
     def __init__(
@@ -68,7 +67,7 @@ class Recorder(L.Callback):
         self.counts: list[np.ndarray] = []
         self.counted_steps: list[int] = []
         self.sample: tuple[int, np.ndarray] | None = None
-        self.recording_s = 0.0
+        self._cpu_start = 0.0
         self._pending: list[tuple[int, Tensor]] = []
         self._gather_after = 1
         self._interval_start, self._interval_step = 0.0, start_step
@@ -93,6 +92,7 @@ class Recorder(L.Callback):
         if self._sigterm is not None and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, self._sigterm)
         self._restart_interval(trainer.global_step)
+        self._cpu_start = time.thread_time()
 
     def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_idx: int) -> None:
         """Count this step's bytes only; watch the choices of the last one."""
@@ -109,21 +109,17 @@ class Recorder(L.Callback):
         if done % self.config.trainer.log_every and done != self.config.trainer.max_steps:
             return
         assert isinstance(module, LanguageModel)
-        ended = time.perf_counter()
         synchronise(self.mesh.device)
-        started = time.perf_counter()
-        module.work_s += started - ended
         num_steps = done - self._interval_step
-        step_s = (started - self._interval_start) / num_steps
-        harness_s = step_s - module.work_s / num_steps + self.recording_s / num_steps
-        module.work_s = 0.0
+        step_s = (time.perf_counter() - self._interval_start) / num_steps
+        harness_s = (time.thread_time() - self._cpu_start - module.work_cpu_s) / num_steps
+        module.work_cpu_s, self._cpu_start = 0.0, time.thread_time()
         self._pending.append((done - 1, self._numbers(module, step_s, harness_s)))
         last = done == self.config.trainer.max_steps
         if last or done % self.config.trainer.checkpoint_every == 0 or len(self._pending) >= self._gather_after:
             self._gather(len(module.losses.moe))
         if last:
             self._gather_choices(done - 1)
-        self.recording_s = time.perf_counter() - started
         self._restart_interval(done)
 
     def _restart_interval(self, step: int) -> None:
@@ -133,10 +129,11 @@ class Recorder(L.Callback):
     def paused(self) -> Iterator[None]:
         """Stop the clock: what is done inside is part of no step."""
         synchronise(self.mesh.device)
-        started = time.perf_counter()
+        started, cpu_started = time.perf_counter(), time.thread_time()
         yield
         synchronise(self.mesh.device)
         self._interval_start += time.perf_counter() - started
+        self._cpu_start += time.thread_time() - cpu_started
 
     def _numbers(self, module: LanguageModel, step_s: float, harness_s: float) -> Tensor:
         """What this rank says of the step: float64 [n], in the order in which `_record` takes it apart."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
@@ -12,6 +13,7 @@ from experiments import provenance, registry
 from experiments.checkpoint import latest_checkpoint, named_checkpoint
 from experiments.config import RunConfig, cluster_from, run_id
 from experiments.data import prepare
+from experiments.join import ranks_here
 from experiments.launch import RankFailure, is_main_process, run_ranks
 from experiments.model import DTYPES, layer_spec
 from experiments.model_size import available_bytes, check_fits, describe
@@ -91,6 +93,8 @@ def run_cells(configs: Sequence[RunConfig], overrides: Sequence[str]) -> list[Ce
                 _launch(waiting)
                 break
             except (RankFailure, Refused) as error:
+                if ranks_here(os.environ) is not None:
+                    raise  # joined: the process group is beyond repair, so the launcher must end this process
                 if isinstance(error, RankFailure) and error.kind == "interrupted":
                     raise
                 stopped = _where_it_stopped(waiting)

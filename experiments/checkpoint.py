@@ -143,7 +143,7 @@ def load_checkpoint(path: Path, gpt: GPT, optimizer: Optimizer) -> dict[str, Any
     rng = path / f"rng_{dist.get_rank()}.pt"
     if rng.exists():
         torch.set_rng_state(torch.load(rng, weights_only=True))
-    return torch.load(path / "trainer.pt", weights_only=False)
+    return torch.load(path / "trainer.pt", weights_only=True)
 
 
 def latest_checkpoint(folder: Path) -> Path | None:

@@ -6,6 +6,7 @@ group, and writes table and figures to outputs/compare/.
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from experiments.bench_run import BenchRun
 from experiments.cells import announce_and_check, run_cells, run_dir_of
 from experiments.cli import hydra_main
 from experiments.config import CompareConfig
+from experiments.join import ranks_here
 from experiments.launch import RankFailure, is_main_process
 from moe.errors import SuiteError
 
@@ -54,7 +56,7 @@ def _time(config: CompareConfig, overrides: list[str], failed: dict[str, str], t
             "experiments.compare_bench:time_training", {"failed": failed}, timeout_s=config.trainer.timeout_s
         )
     except RankFailure as error:
-        if error.kind == "interrupted":
+        if error.kind == "interrupted" or ranks_here(os.environ) is not None:
             raise
         if is_main_process():
             print(f"the timing failed, so the table has no times: {error}", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""The one door through which the four entry points, the sweep submitter and the tests get a config: `load`.
+"""The one door through which the four entry points and the tests get a config: `load`.
 
 conf/ holds the values. `experiments.schemas` says what a value may be, `experiments.config_rules` what may stand beside
 what.

@@ -145,6 +145,7 @@ def _shapes(values: Values) -> Iterator[Problem]:
         key = f"shapes.{index}"
         yield from _over_ranks(values, f"{key}.num_experts")
         yield from _at_most(values, f"{key}.top_k", f"{key}.num_experts")
+        yield from _at_most(values, f"{key}.num_experts", f"{key}.model_dim")  # a workload's logits are features
         name = values.raw(f"{key}.name")
         if name in names:
             yield Problem(f"{key}.name", name, "must differ from the other shapes' names", "rename it")
@@ -171,10 +172,10 @@ def _no_repeats(values: Values, key: str) -> Iterator[Problem]:
     seen: list[Any] = []
     for index in range(values.length(key)):
         item = values.raw(f"{key}.{index}")
-        item = {"name": item} if key == "systems" and isinstance(item, str) else item
+        if key == "systems" and isinstance(item, Mapping):
+            item = item.get("name")  # results carry the name alone, so two variants of one system can't share a table
         if item in seen:
-            shown = item.get("name", item) if isinstance(item, Mapping) else item
-            yield Problem(f"{key}.{index}", shown, f"stands in {key} already", "remove it")
+            yield Problem(f"{key}.{index}", item, f"stands in {key} already", "remove it")
         seen.append(item)
 
 

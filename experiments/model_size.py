@@ -6,13 +6,16 @@ K choices a token, m matrices of a feed-forward network (2 with GELU, 3 with Swi
 
 from __future__ import annotations
 
+import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
-import torch
 
 from experiments.cluster_config import ClusterConfig, gpus_suffice
+from experiments.join import ranks_here
+from experiments.provenance import free_gpu_bytes
 from experiments.schemas import ModelConfig, TrainerConfig
 from moe.errors import ConfigError, Problem
 from moe.topology import Cluster
@@ -162,14 +165,14 @@ def estimate_memory(
 def available_bytes(cluster: ClusterConfig) -> int:
     """Bytes that one rank of a resolved cluster can have here now.
 
-    On CUDA, the free memory of the current GPU. On a CPU, what the machine (or its control group) has left, shared by
-    the ranks on it: all of them if the suite spawns them, else those of a node.
+    On CUDA, the free memory of the fullest GPU here. On a CPU, what the machine (or its control group) has left, shared
+    by the ranks on it: those that were launched here, or all if the suite spawns them.
     """
     if cluster.device == "cuda" or (cluster.device == "auto" and gpus_suffice(cluster.world_size)):
-        return torch.cuda.mem_get_info()[0]
+        return min(free_gpu_bytes(), default=sys.maxsize)  # no nvidia-smi: let the allocator tell
     here = [psutil.virtual_memory().available, *_control_group_bytes()]
-    ranks = cluster.levels[0].fanout if cluster.launch == "join" and cluster.levels else cluster.world_size
-    return min(here) // ranks
+    joined = ranks_here(os.environ)
+    return min(here) // (cluster.world_size if joined is None else joined.local_world_size)
 
 
 def check_fits(

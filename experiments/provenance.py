@@ -105,10 +105,18 @@ def _cpu_model() -> str:
     return platform.processor() or platform.machine()
 
 
+def free_gpu_bytes() -> list[int]:
+    """Free memory of every GPU of this machine, in bytes."""
+    return [int(line.split()[0]) << 20 for line in _nvidia_smi("memory.free")]  # MiB
+
+
 def _gpus() -> list[str]:
-    # Not through torch: asking it for properties would hold a context, and memory, on every GPU.
-    query = ("nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader")
-    listed = _output(*query) if shutil.which("nvidia-smi") else None
+    return _nvidia_smi("name,memory.total,driver_version")
+
+
+def _nvidia_smi(fields: str) -> list[str]:
+    """A line a GPU. Not through torch: asking it would hold a context, and memory, on a GPU."""
+    listed = _output("nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader")
     return listed.splitlines() if listed else []
 
 

@@ -6,6 +6,7 @@ Also what is read once per candidate beside its time: peak memory, and the error
 from __future__ import annotations
 
 import math
+import random
 import time
 from collections.abc import Callable, Mapping
 
@@ -22,7 +23,8 @@ Step = Callable[[], None]
 
 
 def interleave(steps: Mapping[str, Step], rounds: int, warmup: int, device: torch.device) -> dict[str, list[float]]:
-    """Time candidates in turn: A B C, then B C A, ... so that a drift of the machine meets all alike. Collective.
+    """Time candidates in turn, in a new random order every round, so that a drift of the machine meets all alike and
+    none always follows the same other. Collective.
 
     Args:
         steps: what each candidate does; every rank passes the same names in the same order.
@@ -35,9 +37,9 @@ def interleave(steps: Mapping[str, Step], rounds: int, warmup: int, device: torc
     """
     names = list(steps)
     seconds = torch.zeros(len(names), rounds, dtype=torch.float64)
+    order = random.Random(0)  # the same on every rank
     for turn in range(-warmup, rounds):
-        for offset in range(len(names)):
-            index = (turn + offset) % len(names)
+        for index in order.sample(range(len(names)), len(names)):
             elapsed = _timed(steps[names[index]], device)
             if turn >= 0:
                 seconds[index, turn] = elapsed

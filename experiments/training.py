@@ -92,8 +92,8 @@ def train_one(config: RunConfig, run_dir: RunDir, mesh: Mesh, info: RankInfo) ->
     trainer = L.Trainer(
         strategy=ExpertParallelStrategy(mesh, info, sync),
         accelerator="gpu" if mesh.device.type == "cuda" else "cpu",
-        devices=info.local_world_size,
-        num_nodes=info.world_size // info.local_world_size,
+        devices=1,  # as Lightning sees it: the strategy knows the ranks, and a scheduler may show each one GPU only
+        num_nodes=info.world_size,
         precision=LIGHTNING_PRECISION[config.trainer.precision],
         max_steps=config.trainer.max_steps,
         max_epochs=-1,

@@ -50,7 +50,7 @@ elif [ "$(uname -s)" != Linux ]; then # other systems have one build, and it is 
         die "torch==$torch could not be installed; what failed is above."
 else
     say "torch $torch+cpu"
-    # pip first: a mirror that offers CPU builds stands in pip's configuration; otherwise uv knows where they are.
+    # pip first: it may be configured with an index of CPU builds; otherwise uv knows where they are.
     if ! pip install --no-deps --no-compile "torch==$torch+cpu" > "$log" 2>&1 &&
         ! uv_install --no-deps --torch-backend=cpu "torch==$torch" >> "$log" 2>&1; then
         cat "$log" >&2

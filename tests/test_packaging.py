@@ -22,7 +22,7 @@ from packaging.version import Version
 ROOT = Path(__file__).resolve().parents[1]
 
 # Upstream packages that no registry holds: used when somebody has installed them.
-UNREGISTERED = {"fmoe", "megatron", "tutel"}
+UNREGISTERED = {"fmoe", "fmoe_cuda", "megatron", "tutel", "tutel_custom_kernel"}
 
 
 def requirements_of(lines: Iterable[str]) -> dict[str, Requirement]:
