@@ -104,22 +104,29 @@ class Recorder(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Gather the step over all ranks when it is to be logged."""
-        done = trainer.global_step
-        if done % self.config.trainer.log_every and done != self.config.trainer.max_steps:
-            return
+        """Note the step if it is to be logged, and gather what was noted when it is time. Collective."""
         assert isinstance(module, LanguageModel)
+        done, trainer_config = trainer.global_step, self.config.trainer
+        last = done == trainer_config.max_steps
+        if last or done % trainer_config.log_every == 0:
+            self._note(module, done)
+        full = len(self._pending) >= self._gather_after
+        if self._pending and (full or last or done % trainer_config.checkpoint_every == 0):
+            started = time.perf_counter()
+            self._gather(len(module.losses.moe))
+            self._interval_start += (
+                time.perf_counter() - started
+            )  # no part of a step, but the CPU's part of harness_time
+        if last:
+            self._gather_choices(done - 1)
+
+    def _note(self, module: LanguageModel, done: int) -> None:
         synchronise(self.mesh.device)
         num_steps = done - self._interval_step
         step_s = (time.perf_counter() - self._interval_start) / num_steps
         harness_s = (time.thread_time() - self._cpu_start - module.work_cpu_s) / num_steps
         module.work_cpu_s, self._cpu_start = 0.0, time.thread_time()
         self._pending.append((done - 1, self._numbers(module, step_s, harness_s)))
-        last = done == self.config.trainer.max_steps
-        if last or done % self.config.trainer.checkpoint_every == 0 or len(self._pending) >= self._gather_after:
-            self._gather(len(module.losses.moe))
-        if last:
-            self._gather_choices(done - 1)
         self._restart_interval(done)
 
     def _restart_interval(self, step: int) -> None:
@@ -213,6 +220,7 @@ class Recorder(L.Callback):
         """Write what was recorded; on rank 0, elsewhere nothing."""
         if self.info.rank:
             return
+        self.rows.sort(key=lambda row: (row.step, row.metric != "val_loss"))  # whenever they were gathered
         self.run_dir.write_metrics(self.rows, self.footer)
         if not self.counts:  # a checkpoint before the first logged step
             return

@@ -150,9 +150,12 @@ def test_a_run_that_was_killed_ends_like_one_that_was_not(story: Story) -> None:
 def test_ctrl_c_saves_and_says_so(story: Story) -> None:
     assert story.ctrl_c == "the run was interrupted: stopped by SIGINT"
     assert story.after_ctrl_c is not None
-    assert (story.after_ctrl_c.status, story.after_ctrl_c.step) == ("interrupted", 3)
+    assert story.after_ctrl_c.status == "interrupted"
+    assert story.after_ctrl_c.step in (3, 4), (
+        "at the next gathering of the ranks, which is the checkpoint's at the latest"
+    )
     assert story.after_ctrl_c.reason == "stopped on request; the same command goes on from the last checkpoint"
-    assert story.kept_by_ctrl_c == ["step_2", "step_3"]
+    assert story.kept_by_ctrl_c == ["step_2", f"step_{story.after_ctrl_c.step}"]
 
 
 def test_a_run_that_was_interrupted_ends_like_one_that_was_not(story: Story) -> None:

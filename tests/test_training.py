@@ -114,6 +114,26 @@ def test_checkpoints_and_validations_between_logged_steps(config: Configure) -> 
     assert (routing["expert_counts"] == whole["expert_counts"][[3, 5]]).all()
 
 
+def test_what_is_noted_before_a_checkpoint_is_written_with_it(
+    config: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps are gathered some at a time, and a start from the checkpoint could not make them up."""
+    monkeypatch.setattr(callbacks, "GATHER_S", 1e9)  # nothing but a checkpoint hurries
+    overrides = ("trainer.log_every=2", "trainer.checkpoint_every=3", "trainer.val_every=4")
+    straight, killed = train(config(*overrides)), config(*overrides, f"output_dir={tmp_path}/killed")
+
+    def kill(recorder: Recorder, done: int) -> None:
+        if done == 5:
+            raise ZeroDivisionError
+
+    with pytest.MonkeyPatch.context() as patch:
+        before_recording(patch, kill)
+        assert len(run_cells([killed], [])) == 1
+    assert list(by_step(run_dir_of(killed), "loss")) == [1]
+    assert repeatable(train(killed)) == repeatable(straight)
+    assert list(by_step(straight, "loss")) == [1, 3, 5]
+
+
 def test_two_checkpoints_are_kept_and_one_of_a_complete_run(config: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[set[str]] = []
     before_recording(
@@ -131,7 +151,7 @@ class Clock:
     def __init__(self) -> None:
         self.now = 0.0
 
-    def perf_counter(self) -> float:
+    def read(self) -> float:
         """Seconds."""
         return self.now
 
@@ -152,10 +172,10 @@ def test_a_step_is_timed_without_validation_and_checkpoint(
 ) -> None:
     clock = Clock()
     for owner in (callbacks, module):
-        monkeypatch.setattr(owner, "time", SimpleNamespace(perf_counter=clock.perf_counter))
+        monkeypatch.setattr(owner, "time", SimpleNamespace(perf_counter=clock.read, thread_time=clock.read))
     clock.slow(monkeypatch, LanguageModel, "training_step", 2.0)
     clock.slow(monkeypatch, Recorder, "on_train_batch_start", 0.5)  # harness
-    clock.slow(monkeypatch, Recorder, "_record", 8.0)  # harness of the next interval, and no part of a step's time
+    clock.slow(monkeypatch, Recorder, "_gather", 8.0)  # harness of the next interval, and no part of a step's time
     clock.slow(monkeypatch, Validator, "_loss", 100.0)
     clock.slow(monkeypatch, Checkpointer, "_save", 1000.0)
     run_dir = train(config(f"trainer.log_every={log_every}", "trainer.val_every=3", "trainer.checkpoint_every=1"))
