@@ -114,11 +114,11 @@ def _trainee(run: RunConfig, mesh: Mesh, writer: SampleWriter) -> Trainee:
         batch_BS = next(batches).to(mesh.device)
         with torch.autocast(mesh.device.type, dtype=torch.bfloat16, enabled=run.trainer.precision == "bf16"):
             losses = gpt(batch_BS[:, :-1], batch_BS[:, 1:])
-        optimizer.zero_grad(set_to_none=True)
         (losses.cross_entropy + run.model.aux_loss_weight * losses.aux_loss).backward()
         sync.reduce()
         sync.clip(run.trainer.grad_clip or 0.0)
         optimizer.step()
+        optimizer.zero_grad(set_to_none=True)  # at the end, so that a step frees what it allocated
 
     return Trainee(gpt, step, writer)
 
