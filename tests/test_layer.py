@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+import analysis.layer
 from experiments import bench_run, layer, layer_bench
 from experiments.cli import compose
 from experiments.config import load_layer
@@ -201,6 +202,13 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the figure, which takes longer than all the rest."""
+    monkeypatch.setattr(analysis.layer, "stages_figure", lambda *_arguments: None)
+    monkeypatch.setattr(analysis.layer, "save", lambda *_arguments: None)
+
+
 def test_the_command_line_writes_samples_and_a_table(command: Path, capsys: pytest.CaptureFixture[str]) -> None:
     layer.main()
     (folder,) = command.glob("layer-local_1-*")
@@ -218,6 +226,7 @@ def test_the_command_line_writes_samples_and_a_table(command: Path, capsys: pyte
         assert (folder / name).stat().st_size > 0, name
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_complete_benchmark_is_not_run_again_unless_forced(
     command: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -234,6 +243,7 @@ def test_a_complete_benchmark_is_not_run_again_unless_forced(
     assert samples.stat().st_mtime_ns != before
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_an_oracle_that_fails_only_costs_the_comparison(
     command: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

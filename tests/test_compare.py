@@ -1,0 +1,255 @@
+"""experiments.compare from the command line to its table and figures: two systems, a few steps.
+
+Once with two real ranks; otherwise the only rank is this process (`tests.tiny.run_ranks_here`).
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+import analysis.compare
+from experiments import bench_run, cells, compare, compare_bench, registry
+from experiments.failures import RankFailure
+from experiments.results import RunDir
+from moe.layer import NativeMoE
+from moe.mesh import Mesh
+from moe.system import LayerSpec, MoELayer, System
+from tests.tiny import ONE_RANK, TWO_RANKS, run_ranks_here, tiny, write_text
+
+COLUMNS = ["system", "implementation", "metric", "value", "low", "high", "unit", "status"]
+FIGURES = [f"{name}.{kind}" for name in ("loss", "throughput", "bytes", "stages") for kind in ("png", "pdf")]
+FEW_STEPS = ["trainer.max_steps=3", "trainer.warmup_steps=1", "seeds=[0]", "timing.rounds=2", "timing.warmup=1"]
+TIMING = "experiments.compare_bench:time_training"
+
+
+class Fragile(System):
+    """Flat's layer, until it breaks."""
+
+    name = "fragile"
+    implementation = "native"
+    summary = "may fail"
+    broken = True
+
+    def build_layer(self, spec: LayerSpec, mesh: Mesh) -> MoELayer:
+        """Fail, or not."""
+        if self.broken:
+            raise ValueError("no such kernel")
+        return NativeMoE(spec, mesh)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_text(tmp_path_factory.mktemp("data"))
+
+
+Command = Callable[..., tuple[int, pd.DataFrame]]
+
+
+@pytest.fixture
+def command(tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> Command:
+    """Runs `experiments.compare` with overrides; gives its exit code and summary.csv."""
+    systems = {**registry.discover(), "fragile": Fragile}
+    monkeypatch.setattr(registry, "discover", lambda: systems)
+
+    def run(*overrides: str) -> tuple[int, pd.DataFrame]:
+        monkeypatch.setattr(sys, "argv", ["compare", *tiny(tmp_path, text, *FEW_STEPS, *overrides)])
+        code: Any = 0
+        try:
+            compare.main()
+        except SystemExit as stop:
+            code = stop.code
+        summary = tmp_path / "compare" / "summary.csv"
+        return code, pd.read_csv(summary) if summary.exists() else pd.DataFrame(columns=COLUMNS)
+
+    return run
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Lets this process be the only rank, and draws no figures; the targets of all launches."""
+    for name in ("loss_figure", "throughput_figure", "bytes_figure", "stages_figure", "save"):
+        monkeypatch.setattr(analysis.compare, name, lambda *_arguments: None)
+    seen: list[str] = []
+
+    def launch(target: str, payload: dict[str, Any], **more: Any) -> Any:
+        seen.append(target)
+        return run_ranks_here(target, payload, **more)
+
+    for module in (cells, bench_run):
+        monkeypatch.setattr(module, "run_ranks", launch)
+    return seen
+
+
+def status(summary: pd.DataFrame, system: str, metric: str) -> str:
+    """The status of one row."""
+    (found,) = summary.loc[(summary["system"] == system) & (summary["metric"] == metric), "status"]
+    return str(found)
+
+
+def has_number(summary: pd.DataFrame, system: str, metric: str) -> bool:
+    """Whether that row has a value inside its interval, and status ok."""
+    (row,) = summary[(summary["system"] == system) & (summary["metric"] == metric)].itertuples()
+    return row.status == "ok" and row.low <= row.value <= row.high
+
+
+def test_two_ranks_from_the_command_line_to_the_figures(
+    command: Command, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    code, summary = command("systems=[flat,reference]", TWO_RANKS)
+    assert code == 0
+    assert list(summary.columns) == COLUMNS
+    assert set(summary["status"]) == {"ok"}
+    assert set(summary["system"]) == {"flat", "reference"}
+    wanted = {"train_loss", "val_loss", "tokens_per_s", "tokens_per_s_ratio", "bytes/network/alltoall", "peak_memory"}
+    assert wanted <= set(summary.loc[summary["system"] == "flat", "metric"])
+    for metric in wanted:
+        assert has_number(summary, "flat", metric), metric
+    stages = summary.loc[summary["metric"].str.startswith("stage_time/") & (summary["system"] == "flat"), "metric"]
+    assert len(stages) == 8
+    errors = summary.loc[summary["metric"].str.startswith("relative_error/") & (summary["system"] == "flat"), "value"]
+    assert len(errors) == 4
+    assert errors.max() <= 1e-5
+    folder = tmp_path / "compare"
+    for name in [*FIGURES, "summary.md", "compare.json"]:
+        assert (folder / name).stat().st_size > 0, name
+    printed = capfd.readouterr().out
+    assert f"written: {folder}/summary.csv, summary.md and " in printed
+    assert "tokens" in printed and "flat" in printed
+
+    logs = {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in tmp_path.rglob("rank*.log")}
+    assert len(logs) == 4  # two ranks that trained, two that timed
+    written = (folder / "summary.csv").read_bytes()
+    assert command("systems=[flat,reference]", TWO_RANKS)[0] == 0
+    assert {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in tmp_path.rglob("rank*.log")} == logs
+    assert (folder / "summary.csv").read_bytes() == written
+    assert capfd.readouterr().out.count("is complete (force=true runs it again)") == 3
+
+
+def test_force_runs_all_again(command: Command, launched: list[str]) -> None:
+    command("systems=[flat,reference]", ONE_RANK)
+    first = list(launched)
+    command("systems=[flat,reference]", ONE_RANK)
+    assert launched == first == ["experiments.training:run_rank", TIMING]
+    assert command("systems=[flat,reference]", ONE_RANK, "force=true")[0] == 0
+    assert launched == first * 2
+
+
+def test_a_system_that_fails_is_a_row_until_it_is_mended(
+    command: Command, launched: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is trained again each time; the others are not. Once it trains, all are timed anew, together."""
+    code, summary = command("systems=[flat,fragile,reference]", ONE_RANK)
+    assert code == 1
+    assert status(summary, "fragile", "train_loss").startswith("failed: rank 0 failed: ValueError: no such kernel")
+    assert "not timed, because it failed to train" in status(summary, "fragile", "tokens_per_s")
+    assert has_number(summary, "flat", "tokens_per_s")
+    assert has_number(summary, "reference", "train_loss")
+    first = list(launched)
+    assert first == ["experiments.training:run_rank"] * 2 + [TIMING]
+
+    assert command("systems=[flat,fragile,reference]", ONE_RANK)[0] == 1
+    assert launched == [*first, "experiments.training:run_rank"]
+
+    monkeypatch.setattr(Fragile, "broken", False)
+    code, summary = command("systems=[flat,fragile,reference]", ONE_RANK)
+    assert code == 0
+    assert set(summary["status"]) == {"ok"}
+    assert launched == [*first, "experiments.training:run_rank", "experiments.training:run_rank", TIMING]
+    losses = summary[summary["metric"] == "train_loss"].set_index("system")["value"]
+    assert losses["fragile"] == losses["flat"] == pytest.approx(losses["reference"], rel=1e-5)
+
+
+def test_a_system_that_refuses_is_a_row(command: Command, launched: list[str]) -> None:
+    code, summary = command("systems=[flat,{name:fairscale,gate:upstream}]", ONE_RANK)
+    assert code == 0
+    for metric in ("train_loss", "tokens_per_s"):
+        assert status(summary, "fairscale", metric).startswith("refused: fairscale's Top2Gate knows only top_k=2")
+    assert has_number(summary, "flat", "tokens_per_s")
+
+
+def test_a_system_that_fails_while_it_is_timed_is_a_row(
+    command: Command, launched: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build = compare_bench.build_gpt
+
+    def build_or_fail(model: Any, system: System, *more: Any) -> Any:
+        if system.name == "flat":
+            raise MemoryError("beside the others")
+        return build(model, system, *more)
+
+    monkeypatch.setattr(compare_bench, "build_gpt", build_or_fail)
+    code, summary = command("systems=[flat,reference]", ONE_RANK)
+    assert code == 0
+    assert status(summary, "flat", "tokens_per_s").startswith("oom: MemoryError: beside the others")
+    assert has_number(summary, "flat", "train_loss")
+    assert has_number(summary, "reference", "tokens_per_s")
+
+
+@pytest.fixture
+def timing_ends_with(monkeypatch: pytest.MonkeyPatch, launched: list[str]) -> Callable[[RankFailure], None]:
+    """Makes the ranks of the timing fail as a whole."""
+
+    def arrange(error: RankFailure) -> None:
+        def fail(*_arguments: Any, **_more: Any) -> None:
+            raise error
+
+        monkeypatch.setattr(bench_run, "run_ranks", fail)
+
+    return arrange
+
+
+def test_a_timing_that_fails_leaves_a_table_without_times(
+    command: Command, timing_ends_with: Callable[[RankFailure], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    timing_ends_with(RankFailure("failed", 1, "rank 1 was killed by signal 9"))
+    code, summary = command("systems=[flat,reference]", ONE_RANK)
+    assert code == 1
+    assert "the timing failed, so the table has no times: rank 1 was killed by signal 9" in capsys.readouterr().err
+    assert has_number(summary, "flat", "train_loss")
+    assert not (summary["metric"].str.startswith("tokens_per_s") & (summary["status"] == "ok")).any()
+
+
+def test_ctrl_c_while_timing(
+    command: Command,
+    tmp_path: Path,
+    timing_ends_with: Callable[[RankFailure], None],
+    monkeypatch: pytest.MonkeyPatch,
+    launched: list[str],
+) -> None:
+    """The next start has only the timing left to do."""
+    timing_ends_with(RankFailure("interrupted", None, "stopped by SIGINT"))
+    code, summary = command("systems=[flat,reference]", ONE_RANK)
+    assert (code, len(summary)) == (130, 0)
+    (timing,) = tmp_path.glob("compare-*")
+    state = RunDir(timing).status()
+    assert state is not None
+    assert (state.status, state.reason) == ("interrupted", "the run was interrupted: stopped by SIGINT")
+
+    def launch(target: str, payload: dict[str, Any], **more: Any) -> Any:
+        launched.append(target)
+        return run_ranks_here(target, payload, **more)
+
+    monkeypatch.setattr(bench_run, "run_ranks", launch)
+    assert command("systems=[flat,reference]", ONE_RANK)[0] == 0
+    assert launched == ["experiments.training:run_rank", TIMING]
+
+
+def test_a_stop_between_seeds_ends_the_timing(
+    command: Command, launched: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compare_bench, "stop_agreed", lambda info: True)
+    seen: list[Any] = []
+
+    def launch(target: str, payload: dict[str, Any], **more: Any) -> Any:
+        seen.append(run_ranks_here(target, payload, **more))
+        raise RankFailure("interrupted", None, "stopped by SIGINT")  # what a value None becomes
+
+    monkeypatch.setattr(bench_run, "run_ranks", launch)
+    assert command("systems=[flat]", ONE_RANK)[0] == 130
+    assert seen == [None]
