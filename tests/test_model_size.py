@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import namedtuple
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -131,7 +132,7 @@ def test_ranks_of_one_machine_share_its_memory(monkeypatch: pytest.MonkeyPatch) 
     spawned = run_of().cluster
     assert available_bytes(spawned) == 2 * GIB
     with monkeypatch.context() as launched:
-        launched.setattr(model_size, "ranks_here", lambda env: namedtuple("here", ["local_world_size"])(2))
+        launched.setattr(model_size, "ranks_here", lambda env: SimpleNamespace(local_world_size=2))
         assert available_bytes(spawned) == 4 * GIB, "two of the ranks were launched on this node"
     monkeypatch.setattr(model_size, "_control_group_bytes", lambda: [4 * GIB])
     assert available_bytes(spawned) == GIB
