@@ -189,7 +189,12 @@ def stages_figure(samples: Samples, summary: pd.DataFrame, where: str) -> Figure
     handles = [Patch(facecolor=STAGE_COLOURS.get(stage, PALE), edgecolor="white") for stage in STAGES]
     handles += [Patch(facecolor=GREY, edgecolor="white", hatch=hatch, linewidth=0.5) for hatch in ("", "////")]
     figure.legend(handles, [*STAGES, *DIRECTIONS], loc="outside upper left", ncols=3)
-    caption(figure, "Medians over rounds of the slowest rank, stage by stage.", where)
+    caption(
+        figure,
+        "Medians over rounds of the slowest rank, stage by stage.",
+        "Some gates also lay out slots: compare gate and dispatch together.",
+        where,
+    )
     return figure
 
 

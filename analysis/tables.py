@@ -160,7 +160,10 @@ READING = (
     "Rel. error: the largest relative difference to the dense reference over output and gradients, same weights and "
     "tokens.",
     "Bytes: summed over ranks. Token traffic is exact; reductions are counted as a ring moves them.",
-    "Stage times: median over rounds of the slowest rank, each stage on its own.",
+    "Systems that give every expert equal capacity pad it: without a capacity factor, to the fullest expert of any "
+    "rank. The padding is part of their times and bytes.",
+    "Stage times: median over rounds of the slowest rank, each stage on its own. A stage ends where the system's own "
+    "gate or experts module returns, and some gates also lay out slots: compare gate and dispatch together.",
     "summary.csv holds every number in full with its interval, unit and status.",
 )
 

@@ -63,7 +63,7 @@ def stages_figure(comparison: Comparison, summary: pd.DataFrame) -> Figure:
         figure,
         "Medians over rounds of the slowest rank, stage by stage, from rounds of their own under the stage clock. "
         "Stages of different ranks overlap, so a bar can end behind the whole step, which also holds all that is no "
-        "stage.",
+        "stage. Some gates also lay out slots: compare gate and dispatch together.",
         partial(summary, comparison.systems, f"stage_time/{parts[0]}") if parts else "",
         timed(comparison),
         where(comparison),
