@@ -201,6 +201,7 @@ def _join(
                 here.local_world_size,
                 here.node_rank,
                 lambda: _meet_here(here, ranks_per_node),
+                keep_group=True,
             )
             if here.rank != 0:
                 return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import importlib
 import json
 from collections.abc import Callable, Iterator
@@ -98,6 +99,7 @@ def run_rank(
     local_world_size: int,
     node_rank: int,
     meet: Callable[[], Store],
+    keep_group: bool = False,
 ) -> Any:
     """Be one rank: make the process group, call the job's function, wait for the others, take the group down.
 
@@ -105,6 +107,8 @@ def run_rank(
         job: what to do.
         rank, world_size, local_rank, local_world_size, node_rank: see `RankInfo`.
         meet: makes the store at which the ranks meet; called once the function's module is imported.
+        keep_group: leave the process group to the next job of this process, with the timeout that it was made with:
+            upstream packages keep the groups that they made in it.
 
     Returns:
         The function's value. Whatever it raises passes through; on CUDA the process should then end, because NCCL
@@ -113,7 +117,7 @@ def run_rank(
     function = resolve(job.target)
     device = _device(job.device, local_rank)
     info = RankInfo(rank, world_size, local_rank, local_world_size, node_rank, device, Path(job.log_dir) / STOP_FILE)
-    with _process_group(info, meet(), job.timeout_s):
+    with _process_group(info, meet(), job.timeout_s, keep_group):
         return function(job.payload, info)
 
 
@@ -139,21 +143,32 @@ def _device(kind: DeviceKind, local_rank: int) -> torch.device:
 
 
 @contextmanager
-def _process_group(info: RankInfo, store: Store, timeout_s: float) -> Iterator[None]:
+def _process_group(info: RankInfo, store: Store, timeout_s: float, keep: bool) -> Iterator[None]:
     import torch.distributed as dist
 
     on_cuda = info.device.type == "cuda"
-    dist.init_process_group(
-        "nccl" if on_cuda else "gloo",
-        store=store,
-        rank=info.rank,
-        world_size=info.world_size,
-        timeout=timedelta(seconds=timeout_s),
-        device_id=info.device if on_cuda else None,
-    )
+    if not (keep and dist.is_initialized()):
+        dist.init_process_group(
+            "nccl" if on_cuda else "gloo",
+            store=store,
+            rank=info.rank,
+            world_size=info.world_size,
+            timeout=timedelta(seconds=timeout_s),
+            device_id=info.device if on_cuda else None,
+        )
+        if keep:
+            atexit.register(_take_down)
     yield  # after an exception the group is left as it is: see `abandon`
     if dist.is_initialized():
         dist.barrier()  # nobody takes the store or a connection away while another rank still works
+        if not keep:
+            dist.destroy_process_group()
+
+
+def _take_down() -> None:
+    import torch.distributed as dist
+
+    if dist.is_initialized():
         dist.destroy_process_group()
 
 
@@ -164,6 +179,7 @@ def abandon() -> None:
     """
     import torch.distributed as dist
 
+    atexit.unregister(_take_down)
     if dist.is_initialized() and dist.get_backend() == "gloo":
         dist.destroy_process_group()
 

@@ -178,7 +178,7 @@ def joining(tmp_path: Path, **more: Any) -> str:
 
 
 def test_torchrun_ranks_are_joined_more_than_once(tmp_path: Path) -> None:
-    arguments = joining(tmp_path, target=f"{FUNCTIONS}:exchange", payload={"numbers": 5}, times=2)
+    arguments = joining(tmp_path, target=f"{FUNCTIONS}:exchange_in_kept_group", payload={"numbers": 5}, times=2)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}"]
     process = subprocess.Popen(
         [*torchrun, "-m", "tests.launch_main", arguments], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True
