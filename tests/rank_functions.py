@@ -55,7 +55,7 @@ _KEPT: list[dist.ProcessGroup] = []
 
 
 def _exchange(numbers: int, info: RankInfo, group: dist.ProcessGroup | None) -> list[float]:
-    world = dist.get_world_size(group)
+    world = len(dist.get_process_group_ranks(group or dist.group.WORLD))
     sent = torch.cat([torch.full((numbers,), 100.0 * info.rank + other) for other in range(world)])
     received = torch.empty_like(sent)
     dist.all_to_all_single(received, sent, group=group)
