@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,11 @@ from hypothesis import settings
 # A test that would download something fails instead; set before anything imports the libraries that read them.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
+
+# Whoever starts the tests in the background makes them, and every process that they start, ignore Ctrl-C; the tests of
+# Ctrl-C send it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Hypothesis' default deadline of 200 ms is a timing assertion; on a busy machine it fails for no reason.
 settings.register_profile("suite", deadline=None, derandomize=True)
