@@ -22,7 +22,7 @@ from experiments.cells import CellFailure, run_cells, run_dir_of
 from experiments.launch import RankFailure, run_ranks
 from experiments.results import RunDir, Status
 from tests.rank_models import runnable
-from tests.tiny import TWO_RANKS, by_step, repeatable, tiny, tiny_config, write_text
+from tests.tiny import ONE_RANK, TWO_RANKS, by_step, repeatable, run_ranks_here, tiny, tiny_config, write_text
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SYSTEMS = runnable()
@@ -190,6 +190,17 @@ def test_flat_goes_on_from_another_systems_checkpoint(name: str, story: Story) -
         expected = by_step(own, metric)
         assert list(expected) == ([8] if metric == "val_loss" else [6, 7])
         assert by_step(other, metric) == pytest.approx(expected, rel=tolerance)
+
+
+def test_two_ranks_train_as_one_does(story: Story, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loss is the mean over all tokens, wherever they are, and so is its gradient."""
+    monkeypatch.setattr(cells, "run_ranks", run_ranks_here)
+    alone = tiny_config(tmp_path, text, ONE_RANK)
+    assert run_cells([alone], []) == []
+    for metric, tolerance in (("loss", 1e-4), ("val_loss", 1e-4), ("grad_norm", 1e-2)):
+        expected = by_step(run_dir_of(alone), metric)
+        assert by_step(story.runs["flat"], metric) == pytest.approx(expected, rel=tolerance)
+    assert by_step(story.runs["flat"], "loss")[0] == pytest.approx(by_step(run_dir_of(alone), "loss")[0], rel=1e-6)
 
 
 def test_torchrun_ranks_train_the_same(

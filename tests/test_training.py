@@ -1,30 +1,35 @@
-"""experiments.training and its callbacks: what is recorded of a run, and when.
+"""experiments.training: what is recorded of a run, and what a start finds of an earlier one.
 
 These runs have this process as their only rank (`tests.tiny`); real ranks are in test_resume.py.
 """
 
 from __future__ import annotations
 
-import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from experiments import callbacks, cells, module
-from experiments.callbacks import Checkpointer, Progress, Recorder, Validator
+from experiments import callbacks, cells, strategy
+from experiments.callbacks import Recorder
 from experiments.cells import run_cells, run_dir_of
 from experiments.config import RunConfig
 from experiments.launch import RankFailure
 from experiments.module import LanguageModel
 from experiments.optimizer import lr_factor
 from experiments.ranks import STOP_FILE
-from experiments.results import RunDir
-from tests.tiny import ONE_RANK, by_step, repeatable, run_ranks_here, tiny_config, write_text
+from tests.tiny import (
+    ONE_RANK,
+    before_recording,
+    by_step,
+    repeatable,
+    run_ranks_here,
+    tiny_config,
+    train,
+    write_text,
+)
 
 Configure = Callable[..., RunConfig]
 
@@ -39,23 +44,6 @@ def config(tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> Confi
     """Makes a config of one rank from overrides; runs of it take place in this process."""
     monkeypatch.setattr(cells, "run_ranks", run_ranks_here)
     return lambda *overrides: tiny_config(tmp_path / "out", text, ONE_RANK, *overrides)
-
-
-def train(config: RunConfig) -> RunDir:
-    """The folder of a run that must end well."""
-    assert run_cells([config], []) == []
-    return run_dir_of(config)
-
-
-def before_recording(monkeypatch: pytest.MonkeyPatch, action: Callable[[Recorder, int], None]) -> None:
-    """Call `action(recorder, steps done)` after every step, before it is recorded."""
-    record = Recorder.on_train_batch_end
-
-    def acted(self: Recorder, trainer: Any, *more: Any) -> None:
-        action(self, trainer.global_step)
-        record(self, trainer, *more)
-
-    monkeypatch.setattr(Recorder, "on_train_batch_end", acted)
 
 
 def test_every_metric_of_a_run(config: Configure) -> None:
@@ -134,6 +122,30 @@ def test_what_is_noted_before_a_checkpoint_is_written_with_it(
     assert list(by_step(straight, "loss")) == [1, 3, 5]
 
 
+def test_what_was_written_beyond_the_last_checkpoint_is_done_again(
+    config: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed after the metrics of step 4 were written and before its checkpoint was."""
+    straight, killed = train(config()), config(f"output_dir={tmp_path}/killed")
+    save = strategy.save_checkpoint
+
+    def kill(path: Path, *more: Any) -> None:
+        if path.name == "step_4":
+            raise ZeroDivisionError
+        save(path, *more)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(strategy, "save_checkpoint", kill)
+        assert len(run_cells([killed], [])) == 1
+    run_dir = run_dir_of(killed)
+    assert list(by_step(run_dir, "loss")) == [0, 1, 2, 3]
+    assert [path.name for path in run_dir.checkpoints.iterdir()] == ["step_2"]
+    assert repeatable(train(killed)) == repeatable(straight)
+    routing, expected = run_dir.read_routing(), straight.read_routing()
+    assert routing is not None and expected is not None
+    assert all(np.array_equal(routing[name], array) for name, array in expected.items())
+
+
 def test_two_checkpoints_are_kept_and_one_of_a_complete_run(config: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[set[str]] = []
     before_recording(
@@ -143,49 +155,6 @@ def test_two_checkpoints_are_kept_and_one_of_a_complete_run(config: Configure, m
     steps = [set(), {"step_1"}, *({f"step_{done - 1}", f"step_{done}"} for done in range(2, 6))]
     assert seen == steps
     assert [path.name for path in run_dir.checkpoints.iterdir()] == ["step_6"]
-
-
-class Clock:
-    """Time that passes only when a test says so."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def read(self) -> float:
-        """Seconds."""
-        return self.now
-
-    def slow(self, monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, seconds: float) -> None:
-        """Make a method take so long."""
-        method = getattr(owner, name)
-
-        def slowed(*arguments: Any, **more: Any) -> Any:
-            self.now += seconds
-            return method(*arguments, **more)
-
-        monkeypatch.setattr(owner, name, slowed)
-
-
-@pytest.mark.parametrize("log_every", [1, 2, 4])
-def test_a_step_is_timed_without_validation_and_checkpoint(
-    config: Configure, monkeypatch: pytest.MonkeyPatch, log_every: int
-) -> None:
-    clock = Clock()
-    for owner in (callbacks, module):
-        monkeypatch.setattr(owner, "time", SimpleNamespace(perf_counter=clock.read, thread_time=clock.read))
-    clock.slow(monkeypatch, LanguageModel, "training_step", 2.0)
-    clock.slow(monkeypatch, Recorder, "on_train_batch_start", 0.5)  # harness
-    clock.slow(monkeypatch, Recorder, "_gather", 8.0)  # harness of the next interval, and no part of a step's time
-    clock.slow(monkeypatch, Validator, "_loss", 100.0)
-    clock.slow(monkeypatch, Checkpointer, "_save", 1000.0)
-    run_dir = train(config(f"trainer.log_every={log_every}", "trainer.val_every=3", "trainer.checkpoint_every=1"))
-    assert set(by_step(run_dir, "step_time").values()) == {2.5}
-    first, *later = by_step(run_dir, "harness_time").items()
-    assert first == (log_every - 1, 0.5)
-    previous = first[0]
-    for step, harness_s in later:
-        assert harness_s == 0.5 + 8.0 / (step - previous)
-        previous = step
 
 
 def test_a_run_that_was_finished_but_not_marked_so(config: Configure) -> None:
@@ -227,44 +196,3 @@ def test_a_stop_at_the_last_step_leaves_that_run_complete_and_ends_the_next_at_i
     monkeypatch.undo()
     monkeypatch.setattr(cells, "run_ranks", run_ranks_here)
     assert list(by_step(train(second), "loss")) == list(range(6))
-
-
-def test_sigterm_stays_with_the_suite(config: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lightning's own handler would start a broadcast in the middle of the model's collectives."""
-    seen: list[Any] = []
-    before_recording(monkeypatch, lambda recorder, done: seen.append(signal.getsignal(signal.SIGTERM)))
-
-    def handler(*_arguments: Any) -> None:
-        raise AssertionError("nobody sends it")
-
-    with handling(signal.SIGTERM, handler):
-        train(config("trainer.max_steps=4"))
-        assert seen == [handler] * 4
-        assert signal.getsignal(signal.SIGTERM) is handler
-
-
-@contextmanager
-def handling(number: signal.Signals, handler: Callable[..., None]) -> Iterator[None]:
-    """A signal handler for a while."""
-    before = signal.signal(number, handler)
-    try:
-        yield
-    finally:
-        signal.signal(number, before)
-
-
-def test_progress_in_plain_lines(config: Configure) -> None:
-    lines: list[str] = []
-    progress = Progress(config("trainer.max_steps=40", "trainer.progress=lines"), 0, lines.append)
-    for done in range(1, 41):
-        progress.advance(done, 1.0 / done)
-    assert lines == [f"flat seed 0: step {done}/40, loss {1 / done:.4f}" for done in range(4, 41, 4)]
-
-
-def test_progress_as_a_bar_goes_on_where_the_run_does(config: Configure, capsys: pytest.CaptureFixture[str]) -> None:
-    progress = Progress(config("trainer.max_steps=40", "trainer.progress=bar"), 20)
-    assert progress.bar is not None and progress.bar.n == 20
-    progress.advance(40, 2.0)
-    shown = capsys.readouterr()
-    assert "40/40" in shown.out and "loss=2.0000" in shown.out
-    assert shown.err == ""  # which is the log of the rank

@@ -8,19 +8,24 @@ import shutil
 import sys
 import tempfile
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import pytest
 import torch
 import torch.distributed as dist
 
+from experiments.cells import run_cells, run_dir_of
 from experiments.cli import compose
 from experiments.config import RunConfig, load_run
 from experiments.failures import error_of, report_of
 from experiments.ranks import STOP_FILE, RankInfo, resolve
 from experiments.results import MetricRow, RunDir
+
+if TYPE_CHECKING:
+    from experiments.callbacks import Recorder
 
 MODEL = [
     "model.vocab_size=300",
@@ -105,3 +110,22 @@ def run_ranks_here(target: str, payload: dict[str, Any], *, num_ranks: int, log_
             return resolve(target)(payload, info)
         except Exception as error:
             raise error_of(report_of(0, error), log_dir, 60.0) from error
+
+
+def train(config: RunConfig) -> RunDir:
+    """The folder of a run that must end well."""
+    assert run_cells([config], []) == []
+    return run_dir_of(config)
+
+
+def before_recording(monkeypatch: pytest.MonkeyPatch, action: Callable[[Recorder, int], None]) -> None:
+    """Call `action(recorder, steps done)` after every step, before it is recorded."""
+    from experiments.callbacks import Recorder  # imports Lightning, which takes seconds
+
+    record = Recorder.on_train_batch_end
+
+    def acted(self: Recorder, trainer: Any, *more: Any) -> None:
+        action(self, trainer.global_step)
+        record(self, trainer, *more)
+
+    monkeypatch.setattr(Recorder, "on_train_batch_end", acted)

@@ -1,0 +1,147 @@
+"""experiments.callbacks: what is made of the ranks' numbers, what a step's time holds, signals, progress."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from experiments import callbacks, cells, module
+from experiments.callbacks import Checkpointer, Progress, Recorder, Validator
+from experiments.cells import run_dir_of
+from experiments.config import RunConfig
+from experiments.module import LanguageModel
+from experiments.ranks import RankInfo
+from moe.metering import LinkMeter
+from tests.lone import lone_mesh
+from tests.tiny import ONE_RANK, before_recording, by_step, run_ranks_here, tiny_config, train, write_text
+
+Configure = Callable[..., RunConfig]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_text(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture
+def config(tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> Configure:
+    """Makes a config of one rank from overrides; runs of it take place in this process."""
+    monkeypatch.setattr(cells, "run_ranks", run_ranks_here)
+    return lambda *overrides: tiny_config(tmp_path / "out", text, ONE_RANK, *overrides)
+
+
+def test_what_the_ranks_say_is_put_together(config: Configure, tmp_path: Path) -> None:
+    """Means of losses; sums of copies and bytes; the slowest rank's times."""
+    run = config("model.num_experts=2")
+    mesh = lone_mesh(2)
+    info = RankInfo(0, 2, 0, 2, 0, mesh.device, tmp_path / "stop")
+    recorder = Recorder(run, mesh, info, LinkMeter(mesh.cluster, 0), run_dir_of(run), {}, 0)
+    rank_0 = [0, 2.0, 0.1, 1e-3, 7.0, 5.0, 1.0, 3, 10, 20, 0, 0, 0, 64, 0, 0]
+    rank_1 = [0, 4.0, 0.3, 1e-3, 7.0, 6.0, 3.0, 4, 30, 40, 0, 0, 0, 32, 16, 0]
+    recorder._record(8, torch.tensor([rank_0, rank_1], dtype=torch.float64), num_layers=1)
+    tokens = run.trainer.global_batch_size * run.model.seq_len
+    assert {(row.metric, row.part): row.value for row in recorder.rows} == {
+        ("loss", ""): 5.5,
+        ("aux_loss", ""): 2.0,
+        ("dropped_copies", ""): 7.0,
+        ("grad_norm", ""): 7.0,
+        ("learning_rate", ""): 1e-3,
+        ("step_time", ""): 4.0,
+        ("tokens_per_s", ""): tokens / 4.0,
+        ("harness_time", ""): 0.3,
+        ("bytes", "node/alltoall"): 96.0,
+        ("bytes", "node/reduction"): 16.0,
+    }
+    assert {row.step for row in recorder.rows} == {8}
+    assert [counts.tolist() for counts in recorder.counts] == [[[40, 60]]]
+
+
+class Clock:
+    """Time that passes only when a test says so."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def read(self) -> float:
+        """Seconds."""
+        return self.now
+
+    def slow(self, monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, seconds: float) -> None:
+        """Make a method take so long."""
+        method = getattr(owner, name)
+
+        def slowed(*arguments: Any, **more: Any) -> Any:
+            self.now += seconds
+            return method(*arguments, **more)
+
+        monkeypatch.setattr(owner, name, slowed)
+
+
+@pytest.mark.parametrize("log_every", [1, 2, 4])
+def test_a_step_is_timed_without_validation_and_checkpoint(
+    config: Configure, monkeypatch: pytest.MonkeyPatch, log_every: int
+) -> None:
+    clock = Clock()
+    for owner in (callbacks, module):
+        monkeypatch.setattr(owner, "time", SimpleNamespace(perf_counter=clock.read, thread_time=clock.read))
+    clock.slow(monkeypatch, LanguageModel, "training_step", 2.0)
+    clock.slow(monkeypatch, Recorder, "on_train_batch_start", 0.5)  # harness
+    clock.slow(monkeypatch, Recorder, "_gather", 8.0)  # harness of the next interval, and no part of a step's time
+    clock.slow(monkeypatch, Validator, "_loss", 100.0)
+    clock.slow(monkeypatch, Checkpointer, "_save", 1000.0)
+    run_dir = train(config(f"trainer.log_every={log_every}", "trainer.val_every=3", "trainer.checkpoint_every=1"))
+    assert set(by_step(run_dir, "step_time").values()) == {2.5}
+    first, *later = by_step(run_dir, "harness_time").items()
+    assert first == (log_every - 1, 0.5)
+    previous = first[0]
+    for step, harness_s in later:
+        assert harness_s == 0.5 + 8.0 / (step - previous)
+        previous = step
+
+
+def test_sigterm_stays_with_the_suite(config: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lightning's own handler would start a broadcast in the middle of the model's collectives."""
+    seen: list[Any] = []
+    before_recording(monkeypatch, lambda recorder, done: seen.append(signal.getsignal(signal.SIGTERM)))
+
+    def handler(*_arguments: Any) -> None:
+        raise AssertionError("nobody sends it")
+
+    with handling(signal.SIGTERM, handler):
+        train(config("trainer.max_steps=4"))
+        assert seen == [handler] * 4
+        assert signal.getsignal(signal.SIGTERM) is handler
+
+
+@contextmanager
+def handling(number: signal.Signals, handler: Callable[..., None]) -> Iterator[None]:
+    """A signal handler for a while."""
+    before = signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        signal.signal(number, before)
+
+
+def test_progress_in_plain_lines(config: Configure) -> None:
+    lines: list[str] = []
+    progress = Progress(config("trainer.max_steps=40", "trainer.progress=lines"), 0, lines.append)
+    for done in range(1, 41):
+        progress.advance(done, 1.0 / done)
+    assert lines == [f"flat seed 0: step {done}/40, loss {1 / done:.4f}" for done in range(4, 41, 4)]
+
+
+def test_progress_as_a_bar_goes_on_where_the_run_does(config: Configure, capsys: pytest.CaptureFixture[str]) -> None:
+    progress = Progress(config("trainer.max_steps=40", "trainer.progress=bar"), 20)
+    assert progress.bar is not None and progress.bar.n == 20
+    progress.advance(40, 2.0)
+    shown = capsys.readouterr()
+    assert "40/40" in shown.out and "loss=2.0000" in shown.out
+    assert shown.err == ""  # which is the log of the rank
