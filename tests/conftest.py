@@ -19,10 +19,6 @@ os.environ["HF_DATASETS_OFFLINE"] = "1"
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# A shell that starts us in the background lets us ignore Ctrl-C, and our ranks with us; some tests press it.
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-
 # Hypothesis' default deadline of 200 ms is a timing assertion; on a busy machine it fails for no reason.
 settings.register_profile("suite", deadline=None, derandomize=True)
 settings.load_profile("suite")
