@@ -116,6 +116,10 @@ class Crew:
             variables["GLOO_SOCKET_IFNAME"] = interface
         if self.job.device == "cpu" and self.num_ranks > 1:
             variables.setdefault("OMP_NUM_THREADS", "1")
+        if self.job.device == "cpu":
+            # glibc keeps what a step frees; else it goes back to the kernel, and the next step pays for fresh pages.
+            variables.setdefault("MALLOC_TRIM_THRESHOLD_", str(4 * 1024**3))
+            variables.setdefault("MALLOC_MMAP_THRESHOLD_", str(32 * 1024**2))  # older ones take no more
         if self.job.device == "cuda":
             # After a timeout NCCL's watchdog waits four times this long, for others to dump traces, before it speaks.
             variables.setdefault("TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC", "1000")

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from moe.collectives import all_to_all_v
@@ -24,49 +25,51 @@ class _Permute(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
         ctx.save_for_backward(inverse)
-        return rows[order]
+        return rows.index_select(0, order)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         (inverse,) = ctx.saved_tensors
-        return grads[0][inverse], None, None
+        return grads[0].index_select(0, inverse), None, None
 
 
 class _Expand(torch.autograd.Function):
-    """Token rows [T, M] to copies [S, M] in send order; the backward sums a token's K gradients in choice order."""
+    """Token rows [T, M] to copies [S, M] in send order; the backward sums a token's kept gradients in choice order."""
 
     @staticmethod
-    def forward(ctx: Any, x_TM: Tensor, order: Tensor, inverse: Tensor, top_k: int) -> Tensor:
-        ctx.save_for_backward(inverse)
-        ctx.top_k = top_k
-        return x_TM[order // top_k]
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        (inverse,) = ctx.saved_tensors
-        copies = _take_or_zero(grads[0], inverse)
-        return copies.view(-1, ctx.top_k, copies.shape[1]).sum(1), None, None, None
-
-
-class _Collapse(torch.autograd.Function):
-    """Copies [S, M] in send order back to [T * K, M] in token order, zeros where a copy was dropped."""
-
-    @staticmethod
-    def forward(ctx: Any, copies_SM: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
-        ctx.save_for_backward(order)
-        return _take_or_zero(copies_SM, inverse)
+    def forward(ctx: Any, x_TM: Tensor, order: Tensor, inverse_TK: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse_TK)
+        return x_TM.index_select(0, order // inverse_TK.shape[1])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        (order,) = ctx.saved_tensors
-        return grads[0][order], None, None
+        (inverse_TK,) = ctx.saved_tensors
+        return _sum_copies(grads[0], inverse_TK), None, None
 
 
-def _take_or_zero(rows: Tensor, index: Tensor) -> Tensor:
-    """rows[index], with zeros where the index is len(rows): the place of dropped copies."""
-    if len(rows) == len(index):
-        return rows[index]
-    return torch.cat([rows, rows.new_zeros(1, rows.shape[1])])[index]
+class _WeightedSum(torch.autograd.Function):
+    """Copies [S, M] in send order and weights [T, K] to tokens [T, M]; a dropped copy adds nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, copies_SM: Tensor, weights_TK: Tensor, order: Tensor, inverse_TK: Tensor) -> Tensor:
+        ctx.save_for_backward(copies_SM, weights_TK, order)
+        return _sum_copies(copies_SM, inverse_TK, weights_TK)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        copies_SM, weights_TK, order = ctx.saved_tensors
+        grad_SM = grads[0].index_select(0, order // weights_TK.shape[1])
+        grad_weights_TK = torch.zeros_like(weights_TK)
+        grad_weights_TK.view(-1)[order] = torch.linalg.vecdot(grad_SM, copies_SM)
+        return grad_SM * weights_TK.flatten()[order].unsqueeze(1), grad_weights_TK, None, None
+
+
+def _sum_copies(copies_SM: Tensor, inverse_TK: Tensor, weights_TK: Tensor | None = None) -> Tensor:
+    """Each token's copies, weighted and summed in choice order; [T, M]."""
+    if len(copies_SM) == inverse_TK.numel():
+        return F.embedding_bag(inverse_TK, copies_SM, per_sample_weights=weights_TK, mode="sum")
+    nothing = copies_SM.new_zeros(1, copies_SM.shape[1])  # inverse S, a dropped copy, finds this row
+    return F.embedding_bag(inverse_TK, torch.cat([copies_SM, nothing]), per_sample_weights=weights_TK, mode="sum")
 
 
 def _inverse(order: Tensor, length: int) -> Tensor:
@@ -81,14 +84,14 @@ class DispatchPlan:
 
     Attributes:
         order: [S] int64, send position -> flat copy t * K + k, sorted by expert.
-        inverse: [T * K] int64, its inverse; S where the copy is dropped.
+        inverse_TK: [T, K] int64, its inverse; S where the copy is dropped.
         send_rows, receive_rows: copies to and from each rank of the group.
         expert_order, expert_inverse: [R] int64, arrival order -> expert-major order and back; None when they agree.
         expert_rows: copies for each of this rank's L experts.
     """
 
     order: Tensor
-    inverse: Tensor
+    inverse_TK: Tensor
     send_rows: list[int]
     receive_rows: list[int]
     expert_order: Tensor | None
@@ -131,7 +134,7 @@ class AllToAllDispatcher:
             expert_inverse = _inverse(expert_order, len(expert_order))
         return DispatchPlan(
             order,
-            _inverse(order, len(chosen)),
+            _inverse(order, len(chosen)).view_as(routing.expert_ids_TK),
             [sum(row) for row in send_PL],
             [sum(row) for row in receive_PL],
             expert_order,
@@ -150,7 +153,7 @@ class AllToAllDispatcher:
             rows [R, M] sorted by local expert, and the plan that `combine` needs.
         """
         plan = self.plan(routing)
-        copies_SM = _Expand.apply(x_TM, plan.order, plan.inverse, routing.expert_ids_TK.shape[1])
+        copies_SM = _Expand.apply(x_TM, plan.order, plan.inverse_TK)
         rows_RM = all_to_all_v(copies_SM, plan.receive_rows, plan.send_rows, self.group)
         if plan.expert_order is not None:
             rows_RM = _Permute.apply(rows_RM, plan.expert_order, plan.expert_inverse)
@@ -170,7 +173,4 @@ class AllToAllDispatcher:
         if plan.expert_order is not None:
             rows_RM = _Permute.apply(rows_RM, plan.expert_inverse, plan.expert_order)
         copies_SM = all_to_all_v(rows_RM, plan.send_rows, plan.receive_rows, self.group)
-        copies = _Collapse.apply(copies_SM, plan.order, plan.inverse)
-        num_tokens, top_k = weights_TK.shape
-        weighted = copies.view(num_tokens, top_k, copies.shape[1]) * weights_TK.unsqueeze(-1).to(copies.dtype)
-        return weighted.sum(1)
+        return _WeightedSum.apply(copies_SM, weights_TK.to(copies_SM.dtype), plan.order, plan.inverse_TK)

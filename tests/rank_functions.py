@@ -30,6 +30,7 @@ def introduce(payload: dict[str, Any], info: RankInfo) -> list[dict[str, Any]]:
         "device": str(info.device),
         "stop": info.stop_requested(),
         "threads": os.environ.get("OMP_NUM_THREADS"),
+        "allocator": os.environ.get("MALLOC_TRIM_THRESHOLD_"),
         "extra": os.environ.get("EXTRA"),
         "ctrl_c_ignored": signal.getsignal(signal.SIGINT) is signal.SIG_IGN,
         "blocked": [int(number) for number in signal.pthread_sigmask(signal.SIG_BLOCK, [])],

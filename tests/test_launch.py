@@ -59,6 +59,7 @@ def test_every_rank_runs_and_rank_0_answers(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "12345678")  # the user's own choice stays
     (tmp_path / "stop_requested").touch()  # left behind by an earlier run
     (tmp_path / "error_rank0.json").touch()
     answer = run("introduce", {"greeting": "hello"}, tmp_path, 4, ranks_per_node=2, env={"EXTRA": "yes"})
@@ -68,6 +69,7 @@ def test_every_rank_runs_and_rank_0_answers(
     for person in answer:
         assert (person["world_size"], person["local_world_size"]) == (4, 2)
         assert (person["device"], person["threads"], person["extra"]) == ("cpu", "1", "yes")
+        assert person["allocator"] == "12345678"
         assert person["stop"] is False
         assert person["ctrl_c_ignored"]
         assert person["blocked"] == []

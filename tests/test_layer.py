@@ -47,7 +47,9 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
     choices = np.concatenate([np.tile([0, 3], (half, 1)), np.tile([7, 6], (half, 1))])
     np.savez(trace, sample_expert_ids=choices[None].astype(np.int16))
     replay = Workload("replay", path=str(trace))
-    swiglu = f"shapes=[{SHAPE},name:wide,activation:swiglu}},{SHAPE},name:small,activation:gelu}}]"
+    swiglu = f"shapes=[{SHAPE},name:wide,activation:swiglu}},{SHAPE},name:small,activation:gelu}}]".replace(
+        "hidden_dim:16", "hidden_dim:64", 1
+    )
     return {
         "uniform": Case([EVERY], Workload("uniform"), "uniform"),
         "zipf": Case([EVERY, "workload=zipf", "workload.exponent=1.5"], Workload("zipf", 1.5), "zipf 1.5"),
@@ -164,7 +166,7 @@ def test_without_a_check_nothing_is_compared(rows: dict[str, list[SampleRow]]) -
 def test_every_shape_is_measured(rows: dict[str, list[SampleRow]]) -> None:
     assert list(dict.fromkeys(row.shape for row in rows["two shapes"])) == ["wide", "small"]
     peaks = {row.shape: row.value for row in rows["two shapes"] if row.metric == "peak_memory"}
-    assert peaks["wide"] > peaks["small"]  # three matrices an expert, not two
+    assert peaks["wide"] > peaks["small"]  # four times as wide, and three matrices an expert, not two
 
 
 def test_a_system_that_cannot_be_measured_is_a_row_and_the_others_go_on(rows: dict[str, list[SampleRow]]) -> None:
