@@ -35,9 +35,9 @@ class BenchRun:
         return self.dir.path / "samples.parquet"
 
     def must_run(self, force: bool) -> bool:
-        """False, with a line that says so, when the run is complete already."""
+        """False, with a line that says so, when the run is complete already: done, and no system failed in it."""
         status = self.dir.status()
-        complete = status is not None and status.status == "done"
+        complete = status is not None and status.status == "done" and not status.reason
         if complete and not force:
             if is_main_process():
                 print(f"{self.dir.path} is complete (force=true runs it again)", flush=True)
@@ -84,7 +84,9 @@ class BenchRun:
         return value
 
     def write_samples(self, rows: Sequence[Sequence[Any]]) -> None:
-        """Write samples.parquet, then say done."""
+        """Write samples.parquet, then say done, and what failed meanwhile."""
         footer = footer_of("measured", cluster_from(self.config.cluster), run_id=run_id(self.config))
         write_table(self.samples_path, SampleRow, rows, footer)
-        self.dir.set_status("done")
+        told = [row for row in map(SampleRow._make, rows) if row.metric == "status"]
+        failed = {row.system: row.part for row in told if not row.part.startswith("refused")}
+        self.dir.set_status("done", "; ".join(f"{system} {part}" for system, part in failed.items()))

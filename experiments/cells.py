@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from experiments import provenance, registry
 from experiments.checkpoint import latest_checkpoint, named_checkpoint
 from experiments.config import RunConfig, cluster_from, run_id
-from experiments.data import prepare
+from experiments.data import TokenSet, batch_problems, prepare
 from experiments.join import ranks_here
 from experiments.launch import RankFailure, is_main_process, run_ranks
 from experiments.model import DTYPES, layer_spec
@@ -37,14 +37,15 @@ def announce_and_check(configs: Sequence[RunConfig]) -> None:
     """Print the size of the model, and refuse what can't run before anything is allocated.
 
     Raises:
-        ConfigError: what no rank can hold, with the estimate; a `trainer.resume_from` that is not there.
+        ConfigError: what no rank can hold, with the estimate; too little text; a `trainer.resume_from` that is not
+            there.
     """
     if is_main_process():
         first = configs[0]
         print(describe(first.model, first.trainer, first.cluster, _expert_ranks(first)), flush=True)
     problems: list[Problem] = []
     for config in configs:
-        if run_dir_of(config).is_complete and not config.force:
+        if is_current(config) and not config.force:
             continue
         available = available_bytes(config.cluster)
         try:
@@ -55,8 +56,26 @@ def announce_and_check(configs: Sequence[RunConfig]) -> None:
             _check_start(config)
         except ConfigError as error:
             problems += error.problems
+        world_size, trainer = config.cluster.world_size, config.trainer
+        problems += batch_problems(_tokens(config), config.model.seq_len, trainer.global_batch_size, world_size)
     if problems:
         raise ConfigError(*{str(problem): problem for problem in problems}.values())
+
+
+def is_current(config: RunConfig) -> bool:
+    """Whether the run is done, and on the text that is there now, so that it need not run again."""
+    # In this order: a rank that comes late, when rank 0 has made the folder anew, must find it incomplete.
+    return not _text_has_changed(config) and run_dir_of(config).is_complete
+
+
+def _tokens(config: RunConfig) -> TokenSet:
+    return prepare(config.data, config.model.vocab_size)
+
+
+def _text_has_changed(config: RunConfig) -> bool:
+    """Whether the run's folder was made with other tokens; the run id knows only where the text lies."""
+    told = run_dir_of(config).read_manifest().get("text_sha256")
+    return told is not None and told != _tokens(config).fingerprint
 
 
 def _expert_ranks(config: RunConfig) -> int | None:
@@ -86,8 +105,6 @@ def run_cells(configs: Sequence[RunConfig], overrides: Sequence[str]) -> list[Ce
     waiting = [config for config in configs if _must_run(config, overrides)]
     failures: list[CellFailure] = []
     try:
-        if waiting and is_main_process():
-            prepare(waiting[0].data, waiting[0].model.vocab_size)  # once, before the ranks would wait for each other
         while waiting:
             try:
                 _launch(waiting)
@@ -117,21 +134,34 @@ def refusals_of(config: RunConfig) -> list[str]:
 
 def _must_run(config: RunConfig, overrides: Sequence[str]) -> bool:
     run_dir, main = run_dir_of(config), is_main_process()
-    if run_dir.is_complete and not config.force:
+    if is_current(config) and not config.force:
         if main:
             print(f"{run_dir.path} is complete (force=true runs it again)", flush=True)
         return False
+    text = _tokens(config).fingerprint  # in every process: what must be built first, none waits for in a collective
     reasons = refusals_of(config)
     if main:
-        if config.force:
+        if _text_has_changed(config):
+            print(f"{run_dir.path} was made with other text: it starts anew", flush=True)
+        if config.force or _text_has_changed(config):
             shutil.rmtree(run_dir.path, ignore_errors=True)
+        earlier = run_dir.read_manifest()
         run_dir.create(config.model_dump(mode="json"), overrides)
-        cluster = config.cluster.model_dump(mode="json")
-        run_dir.write_manifest(provenance.manifest(run_id(config), config.seed, cluster, started=now()))
+        told = provenance.manifest(run_id(config), config.seed, config.cluster.model_dump(mode="json"), started=now())
+        system = registry.get(config.system.name)
+        more = {"system": system.name, "implementation": system.implementation, "text_sha256": text}
+        run_dir.write_manifest({**told, **more, "earlier_starts": _starts(earlier)})
         if reasons:
             run_dir.set_status("refused", " ".join(reasons))
             print(f"{config.system.name} refuses: {' '.join(reasons)}", flush=True)
     return not reasons
+
+
+def _starts(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """When, and from which code, a run was started before, the latest last: it may go on from what those left."""
+    if not manifest:
+        return []
+    return [*manifest.get("earlier_starts", []), {key: manifest.get(key) for key in ("started", "git")}]
 
 
 def _launch(configs: Sequence[RunConfig]) -> None:

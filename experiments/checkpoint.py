@@ -88,7 +88,7 @@ def _save(path: Path, temporary: Path, tensors: dict[str, Tensor], state: dict[s
         temporary.mkdir(parents=True)
     dist.barrier()
     dcp.save(tensors, checkpoint_id=temporary, no_dist=False)
-    _write(temporary / f"rng_{rank}.pt", torch.get_rng_state())
+    _write(temporary / f"rng_{rank}.pt", _rng_state())
     if rank == 0:
         _write(temporary / "trainer.pt", state)
     dist.barrier()
@@ -142,8 +142,16 @@ def load_checkpoint(path: Path, gpt: GPT, optimizer: Optimizer) -> dict[str, Any
             moments["step"] = fresh[f"{entry.key}/step"].to(entry.parameter.device, copy=True)  # fused AdamW
     rng = path / f"rng_{dist.get_rank()}.pt"
     if rng.exists():
-        torch.set_rng_state(torch.load(rng, weights_only=True))
+        cpu, gpu = torch.load(rng, weights_only=True)
+        torch.set_rng_state(cpu)
+        if gpu is not None and torch.cuda.is_initialized():
+            torch.cuda.set_rng_state(gpu)
     return torch.load(path / "trainer.pt", weights_only=True)
+
+
+def _rng_state() -> tuple[Tensor, Tensor | None]:
+    """Of the CPU, and of this rank's GPU where it has one."""
+    return torch.get_rng_state(), torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
 
 
 def latest_checkpoint(folder: Path) -> Path | None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from analysis.compare import FIGURES, format_table, write
 from analysis.errors import ResultsError
 from experiments.bench_run import BenchRun
-from experiments.cells import announce_and_check, run_cells, run_dir_of
+from experiments.cells import announce_and_check, is_current, run_cells, run_dir_of
 from experiments.cli import hydra_main
 from experiments.config import CompareConfig
 from experiments.join import ranks_here
@@ -26,9 +26,9 @@ def main(config: CompareConfig, overrides: list[str]) -> None:
     """Train, time, write, print. What fails is a row of the table, and the exit code is 1 then."""
     runs = config.runs()
     announce_and_check(runs)
-    incomplete = [run_dir for run_dir in map(run_dir_of, runs) if not run_dir.is_complete]
+    stale = [run for run in runs if not is_current(run)]
     failures = run_cells(runs, overrides)
-    trained_now = any(run_dir.is_complete for run_dir in incomplete)
+    trained_now = any(is_current(run) for run in stale)
     failed = {failure.config.system.name: str(failure.error) for failure in failures}
     timed = _time(config, overrides, failed, trained_now)
     if not is_main_process():

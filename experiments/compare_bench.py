@@ -24,6 +24,8 @@ from moe.mesh import Mesh, create_mesh
 from moe.metering import LinkMeter
 from moe.system import LayerSpec
 
+ENDLESS = 1_000_000  # batches: more than any timing takes
+
 
 @dataclass
 class Trainee:
@@ -106,7 +108,7 @@ def _trainee(run: RunConfig, mesh: Mesh, writer: SampleWriter) -> Trainee:
         rank=mesh.rank,
         world_size=mesh.world_size,
         seed=run.seed,
-        num_steps=1_000_000,
+        num_steps=ENDLESS,
     )
     batches = iter(stream)
 
@@ -147,7 +149,7 @@ def _add_observations(trainee: Trainee, config: CompareConfig, mesh: Mesh) -> No
 
 
 def _observe_layer(run: RunConfig, spec: LayerSpec, mesh: Mesh) -> Observed:
-    """Output and gradients of the model's first MoE layer on random tokens, as many as a rank has in a step."""
+    """Output and gradients of one MoE layer like the model's, on random tokens, as many as a rank has in a step."""
     system = registry.create(run.system.name, run.system.options)
     num_tokens = run.trainer.global_batch_size * run.model.seq_len // mesh.world_size
     generator = torch.Generator().manual_seed(run.seed * 1_000_003 + mesh.rank)

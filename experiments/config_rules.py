@@ -14,6 +14,7 @@ import torch
 from experiments.cluster_config import derived_levels, gpus_suffice
 from experiments.join import check_size, ranks_here
 from moe.errors import ConfigError, Problem
+from moe.workload import MAX_TOP_K
 
 
 class Values:
@@ -146,6 +147,10 @@ def _shapes(values: Values) -> Iterator[Problem]:
         yield from _over_ranks(values, f"{key}.num_experts")
         yield from _at_most(values, f"{key}.top_k", f"{key}.num_experts")
         yield from _at_most(values, f"{key}.num_experts", f"{key}.model_dim")  # a workload's logits are features
+        top_k = values.own(f"{key}.top_k")
+        if top_k is not None and top_k > MAX_TOP_K:
+            rule = f"a routing workload holds at most {MAX_TOP_K} choices a token"
+            yield Problem(f"{key}.top_k", top_k, rule, f"set {key}.top_k to {MAX_TOP_K} or less")
         name = values.raw(f"{key}.name")
         if name in names:
             yield Problem(f"{key}.name", name, "must differ from the other shapes' names", "rename it")

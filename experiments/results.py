@@ -249,9 +249,12 @@ class RunDir:
         self._write_text("manifest.json", json.dumps(manifest, indent=1) + "\n")
 
     def read_manifest(self) -> dict[str, Any]:
-        """What `write_manifest` wrote."""
-        manifest: dict[str, Any] = json.loads((self.path / "manifest.json").read_text())
-        return manifest
+        """What `write_manifest` wrote; empty when there is none that can be read."""
+        try:
+            manifest = json.loads((self.path / "manifest.json").read_text())
+        except (OSError, ValueError):
+            return {}
+        return manifest if isinstance(manifest, dict) else {}
 
     def write_metrics(self, rows: Iterable[MetricRow], footer: Mapping[str, Any]) -> None:
         """Write metrics.parquet whole; the footer holds at least `METRICS_FOOTER`."""

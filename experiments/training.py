@@ -10,6 +10,7 @@ from typing import Any
 
 import lightning as L
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from experiments import registry
@@ -116,6 +117,7 @@ def train_one(config: RunConfig, run_dir: RunDir, mesh: Mesh, info: RankInfo) ->
         run_dir.stamp("ended")
         reason = "" if done else "stopped on request; the same command goes on from the last checkpoint"
         run_dir.set_status("done" if done else "interrupted", reason, trainer.global_step)
+    dist.barrier()  # joined ranks read that status to decide what comes next
     return done
 
 

@@ -19,6 +19,7 @@ import yaml
 from experiments import cells, registry, results
 from experiments.cells import announce_and_check, run_cells, run_dir_of
 from experiments.config import RunConfig, load_run, run_id
+from experiments.data import prepare
 from experiments.launch import RankFailure
 from experiments.results import FOOTER_KEY, ResultsWriteError, RunDir
 from moe.errors import ConfigError, Refused
@@ -96,6 +97,9 @@ def test_what_a_run_leaves(config: Callable[..., RunConfig]) -> None:
     manifest = run_dir.read_manifest()
     assert (manifest["run_id"], manifest["seed"]) == (run_id(run), 3)
     assert manifest["cluster"]["levels"][0]["fanout"] == 1
+    assert (manifest["system"], manifest["implementation"]) == ("flat", "native")
+    assert manifest["text_sha256"] == prepare(run.data, run.model.vocab_size).fingerprint
+    assert manifest["earlier_starts"] == []
     assert manifest["started"] <= manifest["ended"]
     assert set(manifest["git"]) == {"commit", "dirty"}
     assert manifest["versions"]["torch"] == torch.__version__
@@ -129,6 +133,43 @@ def test_a_complete_run_is_not_run_again_unless_forced(
     assert len(launched) == 2
     assert not mark.exists()
     assert repeatable(run_dir_of(run)) == before
+
+
+def test_a_run_on_text_that_has_changed_starts_anew(
+    launched: list[list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = write_text(tmp_path)
+    run = tiny_config(tmp_path / "out", text, ONE_RANK)
+    run_cells([run], [])
+    first = run_dir_of(run).read_manifest()["text_sha256"]
+    assert cells.is_current(run)
+    for file in text.rglob("*.*"):
+        file.write_text(file.read_text().upper())
+    assert not cells.is_current(run)
+    mark = run_dir_of(run).path / "mine.txt"
+    mark.touch()
+    run_cells([run], [])
+    assert len(launched) == 2
+    assert "was made with other text: it starts anew" in capsys.readouterr().out
+    assert not mark.exists()
+    assert run_dir_of(run).read_manifest()["text_sha256"] != first
+
+
+def test_a_second_start_tells_of_the_first(config: Callable[..., RunConfig]) -> None:
+    run = config()
+    run_cells([run], [])
+    run_dir_of(run).set_status("failed", "the last time")
+    first = run_dir_of(run).read_manifest()
+    run_cells([run], [])
+    told = {key: first[key] for key in ("started", "git")}
+    assert run_dir_of(run).read_manifest()["earlier_starts"] == [told]
+
+
+def test_too_little_text_is_told_before_a_folder_is_made(launched: list[list[str]], tmp_path: Path) -> None:
+    run = tiny_config(tmp_path / "out", write_text(tmp_path), ONE_RANK, "model.seq_len=4096", "trainer.grad_clip=1.0")
+    with pytest.raises(ConfigError, match=r"data\.path=.*must give at least \d+ train tokens \(one global batch of 4 x"):
+        announce_and_check([run])
+    assert not run_dir_of(run).path.exists()
 
 
 def test_only_what_is_not_complete_is_started(config: Callable[..., RunConfig], launched: list[list[str]]) -> None:

@@ -148,6 +148,12 @@ def test_message_of_a_wrong_value(kind: Kind, key: str, value: Any, rule: str, f
     assert str(found[0]) == f"{key}={shown}: {found[0].rule}. Fix: {found[0].fix}"
 
 
+def test_a_workload_has_room_for_so_many_choices() -> None:
+    (found,) = problems("layer", {"shapes.0.top_k": 65, "shapes.0.num_experts": 128})
+    assert (found.key, found.rule) == ("shapes.0.top_k", "a routing workload holds at most 64 choices a token")
+    assert found.fix == "set shapes.0.top_k to 64 or less"
+
+
 UNKNOWN_KEYS = [
     ("train", "num_experts", "did you mean model.num_experts?"),
     ("train", "model.num_expert", "did you mean model.num_experts?"),

@@ -15,8 +15,9 @@ import analysis.layer
 from experiments import bench_run, layer, layer_bench
 from experiments.cli import compose
 from experiments.config import load_layer
+from experiments.bench_run import BenchRun
 from experiments.launch import run_ranks
-from experiments.samples import SampleRow
+from experiments.samples import SampleRow, SampleWriter
 from moe.stages import STAGES
 from moe.topology import cluster_of
 from moe.workload import Workload, expert_ids
@@ -270,3 +271,15 @@ def test_a_stop_between_shapes_ends_the_benchmark(command: Path, monkeypatch: py
     arguments = {"config": config.model_dump(mode="json")}
     value = run_ranks_here("experiments.layer_bench:measure", arguments, num_ranks=1, log_dir=command)
     assert value is None
+
+
+def test_a_benchmark_in_which_a_system_failed_runs_again(tmp_path: Path) -> None:
+    bench = BenchRun(load_layer(compose("layer", [*BASE, f"output_dir={tmp_path}"])), [])
+    bench.dir.create({}, [])
+    for status, again in (("refused", False), ("failed", True), ("oom", True)):
+        writer = SampleWriter("deepspeed", "upstream", "small", "uniform", 0)
+        writer.add_status(status, "no slots")
+        bench.write_samples(writer.rows)
+        assert bench.must_run(force=False) is again
+    told = bench.dir.status()
+    assert told is not None and (told.status, told.reason) == ("done", "deepspeed oom: no slots")

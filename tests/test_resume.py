@@ -195,15 +195,17 @@ def test_flat_goes_on_from_another_systems_checkpoint(name: str, story: Story) -
 def test_two_ranks_train_as_one_does(story: Story, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The loss is the mean over all tokens, wherever they are, and so is its gradient.
 
-    Sums in another order differ in the last bits, which Adam's first steps enlarge: they divide by the gradient's size.
+    Only the first step is the same one: the auxiliary loss is over each rank's own tokens, and a token whose best
+    experts are nearly equal goes another way after it.
     """
     monkeypatch.setattr(cells, "run_ranks", run_ranks_here)
     alone = tiny_config(tmp_path, text, ONE_RANK)
     assert run_cells([alone], []) == []
-    for metric, tolerance in (("loss", 1e-3), ("val_loss", 1e-3), ("grad_norm", 2e-2)):
-        expected = by_step(run_dir_of(alone), metric)
-        assert by_step(story.runs["flat"], metric) == pytest.approx(expected, rel=tolerance)
-    assert by_step(story.runs["flat"], "loss")[0] == pytest.approx(by_step(run_dir_of(alone), "loss")[0], rel=1e-6)
+    one, two = run_dir_of(alone), story.runs["flat"]
+    for metric, at_first in (("loss", 1e-6), ("grad_norm", 1e-2)):
+        assert by_step(two, metric)[0] == pytest.approx(by_step(one, metric)[0], rel=at_first)
+    for metric in ("loss", "val_loss"):
+        assert by_step(two, metric) == pytest.approx(by_step(one, metric), rel=1e-2)
 
 
 def test_torchrun_ranks_train_the_same(
