@@ -102,9 +102,12 @@ def run_cells(configs: Sequence[RunConfig], overrides: Sequence[str]) -> list[Ce
         RankFailure: the user stopped the runs.
         ConfigError: a rank found the configuration, the data or a checkpoint at fault.
     """
-    waiting = [config for config in configs if _must_run(config, overrides)]
+    waiting: list[RunConfig] = []
     failures: list[CellFailure] = []
     try:
+        for config in configs:
+            if _must_run(config, overrides):
+                waiting.append(config)
         while waiting:
             try:
                 _launch(waiting)

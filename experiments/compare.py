@@ -62,7 +62,7 @@ def _time(config: CompareConfig, overrides: list[str], failed: dict[str, str], t
             print(f"the timing failed, so the table has no times: {error}", file=sys.stderr, flush=True)
         return False
     if is_main_process():
-        timing.write_samples(rows)
+        timing.write_samples(rows, known=failed)
     return True
 
 

@@ -90,7 +90,7 @@ def stage_rounds(step: Step, layers: list[MoELayer], rounds: int, device: torch.
 def peak_memory_bytes(step: Step, device: torch.device) -> int:
     """Most memory that one step held above what was there before it, in bytes.
 
-    From the CUDA allocator on a GPU; on a CPU from the allocations and frees that torch's profiler sees, exact to within
+    From the CUDA allocator on a GPU; on a CPU from the allocations and frees that torch's profiler sees, exact but for
     a message that gloo's threads may hold a moment longer. The profiler does not see frees of what was there before: a
     step must not count on them.
     """

@@ -166,8 +166,10 @@ def test_a_second_start_tells_of_the_first(config: Callable[..., RunConfig]) -> 
 
 
 def test_too_little_text_is_told_before_a_folder_is_made(launched: list[list[str]], tmp_path: Path) -> None:
-    run = tiny_config(tmp_path / "out", write_text(tmp_path), ONE_RANK, "model.seq_len=4096", "trainer.grad_clip=1.0")
-    with pytest.raises(ConfigError, match=r"data\.path=.*must give at least \d+ train tokens \(one global batch of 4 x"):
+    run = tiny_config(tmp_path / "out", write_text(tmp_path), ONE_RANK, "trainer.global_batch_size=65536")
+    with pytest.raises(
+        ConfigError, match=r"data\.path=.*must give at least \d+ train tokens \(one global batch of 65536 x 16\)"
+    ):
         announce_and_check([run])
     assert not run_dir_of(run).path.exists()
 
@@ -247,10 +249,10 @@ def test_a_damaged_checkpoint_ends_all_and_says_so_of_each(config: Callable[...,
 
 
 def test_ctrl_c_before_the_ranks_start(config: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(*_arguments: Any) -> None:
+    def interrupted(*_arguments: Any, **_named: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cells, "prepare", interrupted)
+    monkeypatch.setattr(cells, "run_ranks", interrupted)
     runs = [config(), config("seed=1")]
     with pytest.raises(KeyboardInterrupt):
         run_cells(runs, [])

@@ -13,9 +13,9 @@ import pytest
 
 import analysis.layer
 from experiments import bench_run, layer, layer_bench
+from experiments.bench_run import BenchRun
 from experiments.cli import compose
 from experiments.config import load_layer
-from experiments.bench_run import BenchRun
 from experiments.launch import run_ranks
 from experiments.samples import SampleRow, SampleWriter
 from moe.stages import STAGES

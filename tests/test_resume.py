@@ -65,12 +65,16 @@ def ctrl_c_while_waiting(lock: Path, stop_file: Path) -> Iterator[Callable[[], N
         yield press
 
 
+NO_AUX = "model.aux_loss_weight=0.0"
+
+
 @dataclass
 class Story:
     """Runs of two ranks: every system's, and flat's twice more, in folders of their own: killed, and interrupted.
 
     Args:
-        runs: every system by name, and flat going on from the last checkpoint of some: `from <system>`.
+        runs: every system by name, and flat going on from the last checkpoint of some, `from <system>`, and flat
+            without the auxiliary loss, `no aux`.
         killed, interrupted: the folders of these two.
     """
 
@@ -93,6 +97,7 @@ def story(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Story:
     for name in ("flat", *OTHERS):
         folder = f"trainer.resume_from={run_dir_of(runs[name]).path}"
         runs[f"from {name}"] = tiny_config(base, text, TWO_RANKS, "trainer.max_steps=8", folder)
+    runs["no aux"] = tiny_config(base, text, TWO_RANKS, NO_AUX)
     killed, interrupted = (tiny_config(base / name, text, TWO_RANKS) for name in ("killed", "interrupted"))
     folders = {name: run_dir_of(run) for name, run in runs.items()}
     story = Story(folders, run_dir_of(killed), run_dir_of(interrupted))
@@ -195,14 +200,14 @@ def test_flat_goes_on_from_another_systems_checkpoint(name: str, story: Story) -
 def test_two_ranks_train_as_one_does(story: Story, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The loss is the mean over all tokens, wherever they are, and so is its gradient.
 
-    Only the first step is the same one: the auxiliary loss is over each rank's own tokens, and a token whose best
-    experts are nearly equal goes another way after it.
+    Not so the auxiliary loss, which each rank has over its own tokens. Later steps are only near: sums in another order
+    differ in their last bits, which Adam's first steps enlarge, and then a token takes another of two equal experts.
     """
     monkeypatch.setattr(cells, "run_ranks", run_ranks_here)
-    alone = tiny_config(tmp_path, text, ONE_RANK)
+    alone = tiny_config(tmp_path, text, ONE_RANK, NO_AUX)
     assert run_cells([alone], []) == []
-    one, two = run_dir_of(alone), story.runs["flat"]
-    for metric, at_first in (("loss", 1e-6), ("grad_norm", 1e-2)):
+    one, two = run_dir_of(alone), story.runs["no aux"]
+    for metric, at_first in (("loss", 1e-6), ("grad_norm", 1e-5)):
         assert by_step(two, metric)[0] == pytest.approx(by_step(one, metric)[0], rel=at_first)
     for metric in ("loss", "val_loss"):
         assert by_step(two, metric) == pytest.approx(by_step(one, metric), rel=1e-2)
