@@ -69,5 +69,9 @@ if ! uv_install --quiet --no-deps --build-constraints "$lock" -r "$rest"; then
 fi
 "$venv/bin/uv" pip check --quiet --python "$venv/bin/python" || die "the packages of $lock contradict each other (above)."
 
+# Once and on all cores, instead of by every rank of the first run at the same time. Some packages hold files that are
+# not meant to compile; they are passed over.
+"$venv/bin/python" -m compileall -q -j 0 "$venv" > /dev/null 2>&1 || true
+
 echo "$build" > "$venv/torch-build"
 say "$venv is ready after $((SECONDS - started)) s ($found, torch $build)"
