@@ -203,7 +203,12 @@ def differences(runs: list[Run]) -> list[str]:
         if len(values) > 1:
             notes.append(f"The runs differ in {key}: {', '.join(values)}.")
     manifests = [_flat(run.manifest) for run in runs]
-    for key, name in (("git.commit", "code version"), ("hardware.cpu", "CPU"), ("hardware.gpus", "GPUs"), ("text_sha256", "text")):
+    for key, name in (
+        ("git.commit", "code version"),
+        ("hardware.cpu", "CPU"),
+        ("hardware.gpus", "GPUs"),
+        ("text_sha256", "text"),
+    ):
         values = list(dict.fromkeys(str(manifest[key]) for manifest in manifests if key in manifest))
         if len(values) > 1:
             notes.append(f"The runs do not share one {name}: {'; '.join(values)}.")
