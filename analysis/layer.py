@@ -34,7 +34,8 @@ def write_layer(folder: Path, baseline: str) -> pd.DataFrame:
 
     Returns:
         The rows of summary.csv: per shape and system step_time, step_time_ratio (time of the baseline over the system's
-        in the same rounds: above 1 is faster), tokens_per_s, stage_time/..., bytes/..., peak_memory, dropped_copies,
+        in the same rounds: above 1 is faster), floor_time and floor_ratio (the time of the experts' products and four
+        bare all-to-alls, over the system's), tokens_per_s, stage_time/..., bytes/..., peak_memory, dropped_copies,
         relative_error/..., or one `run` row with the reason why there is none.
 
     Raises:
@@ -84,6 +85,10 @@ def _system_rows(own: pd.DataFrame, base: np.ndarray) -> Iterator[dict[str, Any]
     yield row("step_time", bootstrap_median(times), "s")
     if len(base):
         yield row("step_time_ratio", bootstrap_ratio(base, times), "1")
+    floor = _values(own, "floor_time")
+    if len(floor):
+        yield row("floor_time", bootstrap_median(floor), "s")
+        yield row("floor_ratio", bootstrap_ratio(floor, times), "1")
     yield row("tokens_per_s", bootstrap_median(_values(own, "tokens")[0] / times), "tokens/s")
     stage_times = own[own["metric"] == "stage_time"]
     for part in (f"{direction}/{stage}" for direction in DIRECTIONS for stage in STAGES):
@@ -123,7 +128,7 @@ def people_table(summary: pd.DataFrame) -> PeopleTable:
     """Median time, speed against the baseline, error, memory, bytes over the outermost level, stages."""
     levels = [name.split("/")[1] for name in summary["metric"] if name.startswith("bytes/")]
     outermost = next((level for level in reversed(levels) if level != "self"), "")
-    head = ["shape", "system", "ms", "speed over baseline", "rel. error", "peak memory"]
+    head = ["shape", "system", "ms", "speed over baseline", "floor / time", "rel. error", "peak memory"]
     head += [f"sent over {outermost}"] * bool(outermost)
     head += [f"{direction} ms: {' / '.join(STAGES)}" for direction in DIRECTIONS]
     rows = []
@@ -137,6 +142,7 @@ def people_table(summary: pd.DataFrame) -> PeopleTable:
         errors = values[values.index.str.startswith("relative_error/")]
         sent = sum(values.get(f"bytes/{outermost}/{kind}", 0.0) for kind in BYTE_CLASSES)
         line = [str(shape), label, significant(values["step_time"] * 1e3, 3), _interval(own, "step_time_ratio")]
+        line.append(_interval(own, "floor_ratio"))
         line += [significant(errors.max(), 2) if len(errors) else "-", binary_bytes(values["peak_memory"], 3)]
         line += [binary_bytes(sent, 3)] * bool(outermost)
         for direction in DIRECTIONS:

@@ -13,6 +13,7 @@ from torch import Tensor
 from experiments import registry
 from experiments.attempt import attempt, stop_agreed
 from experiments.config import LayerRunConfig, LayerShape, WorkloadConfig, cluster_from, load
+from experiments.floor import floor_step
 from experiments.model import DTYPES
 from experiments.ranks import RankInfo
 from experiments.samples import SampleRow, SampleWriter
@@ -30,6 +31,7 @@ from moe.system import LayerSpec, MoELayer, System
 from moe.weights import load_layer
 from moe.workload import Workload, expert_ids, gate_for, tokens_for
 
+FLOOR = "floor"  # takes turns with the systems
 STAGE_ROUNDS = 5
 CHECKED_TOKENS = 1024
 """Tokens a rank at which systems are compared with the oracle, which computes all experts on all of them."""
@@ -42,6 +44,7 @@ class Case:
     Args:
         shape, workload: names for the results.
         spec: of the layer.
+        ids_TK: the experts that this rank's tokens choose, on the CPU.
         x_TM: this rank's tokens.
         gate_EM: the gate's matrix, which with `x_TM` makes the workload's routing.
         seed: of all.
@@ -50,6 +53,7 @@ class Case:
     shape: str
     workload: str
     spec: LayerSpec
+    ids_TK: Tensor
     x_TM: Tensor
     gate_EM: Tensor
     seed: int
@@ -108,7 +112,7 @@ def build_case(config: LayerRunConfig, shape: LayerShape, mesh: Mesh) -> Case:
     ids_TK = expert_ids(drawn, shape.tokens_per_rank, shape.num_experts, shape.top_k, config.seed, mesh.rank)
     x_TM = tokens_for(ids_TK, shape.model_dim, shape.num_experts, config.seed, mesh.rank, dtype, mesh.device)
     gate_EM = gate_for(shape.num_experts, shape.model_dim, mesh.device)
-    return Case(shape.name, workload_name(config.workload), spec, x_TM, gate_EM, config.seed)
+    return Case(shape.name, workload_name(config.workload), spec, ids_TK, x_TM, gate_EM, config.seed)
 
 
 def workload_name(workload: WorkloadConfig) -> str:
@@ -129,8 +133,9 @@ def measure_case(
         check: also compare each with the dense oracle.
 
     Returns:
-        For every system its step_time, stage_time, bytes, dropped_copies, tokens, peak_memory and, with `check`,
-        relative_error; or a status row for a system that refused or failed. The same on every rank.
+        For every system its step_time, floor_time (of `experiments.floor`, in the same rounds), stage_time, bytes,
+        dropped_copies, tokens, peak_memory and, with `check`, relative_error; or a status row for a system that refused
+        or failed. The same on every rank.
     """
     expected, failure = attempt(lambda: _expected(case, mesh)) if check else (None, None)
     if failure is not None and mesh.rank == 0:
@@ -147,8 +152,10 @@ def measure_case(
         elif failure is not None:
             writer.add_status(*failure)
             rows += writer.rows
-    times = interleave({c.writer.key[0]: c.step for c in candidates}, rounds, warmup, mesh.device)
+    steps = {candidate.writer.key[0]: candidate.step for candidate in candidates}
+    times = interleave({**steps, FLOOR: floor_step(case.spec, case.ids_TK, mesh)}, rounds, warmup, mesh.device)
     for candidate in candidates:
+        candidate.writer.add("floor_time", times[FLOOR], "s")
         candidate.writer.add("step_time", times[candidate.writer.key[0]], "s")
         _observe(candidate, case, mesh)
         rows += candidate.writer.rows

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
+from moe import ops
 from moe.collectives import all_to_all_v
 from moe.gate import Routing
 from moe.mesh import Mesh
@@ -25,12 +25,12 @@ class _Permute(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
         ctx.save_for_backward(inverse)
-        return rows.index_select(0, order)
+        return ops.gather_rows(rows, order)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         (inverse,) = ctx.saved_tensors
-        return grads[0].index_select(0, inverse), None, None
+        return ops.gather_rows(grads[0].contiguous(), inverse), None, None
 
 
 class _Expand(torch.autograd.Function):
@@ -39,12 +39,12 @@ class _Expand(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TM: Tensor, order: Tensor, inverse_TK: Tensor) -> Tensor:
         ctx.save_for_backward(inverse_TK)
-        return x_TM.index_select(0, order // inverse_TK.shape[1])
+        return ops.gather_rows(x_TM.contiguous(), order, inverse_TK.shape[1])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         (inverse_TK,) = ctx.saved_tensors
-        return _sum_copies(grads[0], inverse_TK), None, None
+        return ops.sum_copies(grads[0].contiguous(), inverse_TK), None, None
 
 
 class _WeightedSum(torch.autograd.Function):
@@ -52,30 +52,14 @@ class _WeightedSum(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, copies_SM: Tensor, weights_TK: Tensor, order: Tensor, inverse_TK: Tensor) -> Tensor:
-        ctx.save_for_backward(copies_SM, weights_TK, order)
-        return _sum_copies(copies_SM, inverse_TK, weights_TK)
+        ctx.save_for_backward(copies_SM, weights_TK, order, inverse_TK)
+        return ops.sum_copies(copies_SM, inverse_TK, weights_TK)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        copies_SM, weights_TK, order = ctx.saved_tensors
-        grad_SM = grads[0].index_select(0, order // weights_TK.shape[1])
-        grad_weights_TK = torch.zeros_like(weights_TK)
-        grad_weights_TK.view(-1)[order] = torch.linalg.vecdot(grad_SM, copies_SM)
-        return grad_SM * weights_TK.flatten()[order].unsqueeze(1), grad_weights_TK, None, None
-
-
-def _sum_copies(copies_SM: Tensor, inverse_TK: Tensor, weights_TK: Tensor | None = None) -> Tensor:
-    """Each token's copies, weighted and summed in choice order; [T, M]."""
-    if len(copies_SM) == inverse_TK.numel():
-        return F.embedding_bag(inverse_TK, copies_SM, per_sample_weights=weights_TK, mode="sum")
-    nothing = copies_SM.new_zeros(1, copies_SM.shape[1])  # inverse S, a dropped copy, finds this row
-    return F.embedding_bag(inverse_TK, torch.cat([copies_SM, nothing]), per_sample_weights=weights_TK, mode="sum")
-
-
-def _inverse(order: Tensor, length: int) -> Tensor:
-    inverse = torch.full((length,), len(order), dtype=order.dtype, device=order.device)
-    inverse[order] = torch.arange(len(order), dtype=order.dtype, device=order.device)
-    return inverse
+        copies_SM, weights_TK, order, inverse_TK = ctx.saved_tensors
+        grad_TM = grads[0].contiguous()
+        return *ops.weighted_sum_backward(grad_TM, copies_SM, order, inverse_TK, weights_TK), None, None
 
 
 @dataclass(frozen=True)
@@ -115,14 +99,12 @@ class AllToAllDispatcher:
 
     def plan(self, routing: Routing) -> DispatchPlan:
         """Exchange the counts and lay out the copies. Collective; waits for the counts on the host."""
-        chosen = routing.expert_ids_TK.flatten()
-        if routing.kept_TK is None:
-            order, counts_E = torch.argsort(chosen, stable=True), routing.counts_E
-        else:
+        chosen, counts_E, num_kept = routing.expert_ids_TK.flatten(), routing.counts_E, routing.expert_ids_TK.numel()
+        if routing.kept_TK is not None:
             kept = routing.kept_TK.flatten()
             chosen = torch.where(kept, chosen, self.num_experts)  # dropped copies sort behind the last expert
-            counts_E = torch.bincount(chosen, minlength=self.num_experts + 1)[: self.num_experts]
-            order = torch.argsort(chosen, stable=True)[: int(kept.sum())]
+            counts_E, num_kept = ops.count_choices(chosen, self.num_experts + 1)[:-1].contiguous(), int(kept.sum())
+        order, inverse = ops.sort_by_expert(chosen, self.num_experts, num_kept)
         arriving_PL = torch.empty_like(counts_E)
         dist.all_to_all_single(arriving_PL, counts_E, group=self.group)
         send_PL = counts_E.view(self.num_ranks, self.num_local).tolist()
@@ -131,10 +113,10 @@ class AllToAllDispatcher:
         if self.num_local > 1 and self.num_ranks > 1:
             local_expert = torch.arange(self.num_local, device=chosen.device).repeat(self.num_ranks)
             expert_order = torch.argsort(local_expert.repeat_interleave(arriving_PL), stable=True)
-            expert_inverse = _inverse(expert_order, len(expert_order))
+            expert_inverse = ops.inverse_of(expert_order, len(expert_order))
         return DispatchPlan(
             order,
-            _inverse(order, len(chosen)).view_as(routing.expert_ids_TK),
+            inverse.view_as(routing.expert_ids_TK),
             [sum(row) for row in send_PL],
             [sum(row) for row in receive_PL],
             expert_order,
@@ -173,4 +155,4 @@ class AllToAllDispatcher:
         if plan.expert_order is not None:
             rows_RM = _Permute.apply(rows_RM, plan.expert_inverse, plan.expert_order)
         copies_SM = all_to_all_v(rows_RM, plan.send_rows, plan.receive_rows, self.group)
-        return _WeightedSum.apply(copies_SM, weights_TK.to(copies_SM.dtype), plan.order, plan.inverse_TK)
+        return _WeightedSum.apply(copies_SM, weights_TK, plan.order, plan.inverse_TK)

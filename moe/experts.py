@@ -1,6 +1,7 @@
 """The experts' feed-forward networks: one module for upstream packages, one grouped module for the native layer.
 
-Dimensions: R rows, M model, H hidden, L experts of this rank. No biases (Mixtral, Qwen3, DeepSeek have none).
+Dimensions: R rows, M model, H hidden, L experts of this rank. No biases (Mixtral, Qwen3, DeepSeek have none). SwiGLU's
+two inner matrices lie in one, w1 above w3, so that the rows are read once.
 """
 
 from __future__ import annotations
@@ -13,10 +14,32 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moe import ops
 from moe.system import Activation, ExpertView, LayerSpec
 
 # The operator by which torch.compile reaches oneDNN's fp32 product; torch.mm takes MKL's where there is one.
 ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def _matrices(spec: LayerSpec, *lead: int, device: torch.device) -> tuple[nn.Parameter, nn.Parameter]:
+    """Uninitialised w_in [.., H or 2 H, M] and w_out [.., M, H], float32."""
+    width = 2 * spec.hidden_dim if spec.activation == "swiglu" else spec.hidden_dim
+    w_in = nn.Parameter(torch.empty(*lead, width, spec.model_dim, device=device))
+    return w_in, nn.Parameter(torch.empty(*lead, spec.model_dim, spec.hidden_dim, device=device))
+
+
+def _views(expert: int, slot: int | None, w_in: nn.Parameter, w_out: nn.Parameter) -> list[ExpertView]:
+    """Canonical views of the expert at `slot` of such parameters; None where they hold one expert."""
+    hidden_dim = w_out.shape[-1]
+    views = [ExpertView(expert, "w1", w_in, partial(_canonical, slot, 0, hidden_dim))]
+    views += [ExpertView(expert, "w2", w_out, partial(_canonical, slot, 0, w_out.shape[-2]))]
+    if w_in.shape[-2] > hidden_dim:
+        views += [ExpertView(expert, "w3", w_in, partial(_canonical, slot, hidden_dim, 2 * hidden_dim))]
+    return views
+
+
+def _canonical(slot: int | None, first: int, last: int, tensor: Tensor) -> Tensor:
+    return (tensor if slot is None else tensor[slot])[first:last].t()
 
 
 class ExpertFFN(nn.Module):
@@ -24,23 +47,21 @@ class ExpertFFN(nn.Module):
 
     Args:
         spec: of the layer.
-        device: of the weights, float32 [H, M] or [M, H] as in `nn.Linear`.
+        device: of the weights, float32 [H, M] (SwiGLU: [2 H, M]) and [M, H] as in `nn.Linear`.
     """
 
     def __init__(self, spec: LayerSpec, device: torch.device) -> None:
         super().__init__()
         self.activation = spec.activation
-        for name, (rows, columns) in spec.expert_shapes.items():
-            self.register_parameter(name, nn.Parameter(torch.empty(columns, rows, device=device)))
+        self.w_in, self.w_out = _matrices(spec, device=device)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., M] -> [..., M]."""
-        weights = {name: weight.to(x.dtype) for name, weight in self.named_parameters()}
-        return feed_forward(x, weights, self.activation, F.linear)
+        return feed_forward(x, self.w_in.to(x.dtype), self.w_out.to(x.dtype), self.activation, F.linear)
 
     def views(self, expert: int) -> list[ExpertView]:
         """Canonical views of this module's matrices, as global expert `expert`."""
-        return [ExpertView(expert, name, parameter, Tensor.t) for name, parameter in self.named_parameters()]
+        return _views(expert, None, self.w_in, self.w_out)
 
 
 class GroupedExperts(nn.Module):
@@ -49,15 +70,14 @@ class GroupedExperts(nn.Module):
     Args:
         spec: of the layer.
         experts: global ids of this rank's experts.
-        device: of the weights: w1 (w3) [L, H, M] and w2 [L, M, H], float32.
+        device: of the weights: w_in [L, H, M] (SwiGLU: [L, 2 H, M]) and w_out [L, M, H], float32.
     """
 
     def __init__(self, spec: LayerSpec, experts: range, device: torch.device) -> None:
         super().__init__()
         self.activation = spec.activation
         self.experts = experts
-        for name, (rows, columns) in spec.expert_shapes.items():
-            self.register_parameter(name, nn.Parameter(torch.empty(len(experts), columns, rows, device=device)))
+        self.w_in, self.w_out = _matrices(spec, len(experts), device=device)
 
     def forward(self, rows_RM: Tensor, expert_rows: list[int]) -> Tensor:
         """Run each expert on its rows.
@@ -69,27 +89,45 @@ class GroupedExperts(nn.Module):
         Returns:
             [R, M], same order and dtype.
         """
-        weights = {name: weight.to(rows_RM.dtype) for name, weight in self.named_parameters()}
-        if rows_RM.is_cuda and rows_RM.dtype == torch.bfloat16 and len(rows_RM):
-            ends = torch.tensor(expert_rows, device=rows_RM.device).cumsum(0).to(torch.int32)
-
-            def grouped(rows: Tensor, weight: Tensor) -> Tensor:
-                return F.grouped_mm(rows, weight.transpose(1, 2), offs=ends)
-
-        else:
-
-            def grouped(rows: Tensor, weight: Tensor) -> Tensor:
-                return _GroupedLinear.apply(rows, weight, expert_rows)
-
-        return feed_forward(rows_RM, weights, self.activation, grouped)
+        w_in, w_out = self.w_in.to(rows_RM.dtype), self.w_out.to(rows_RM.dtype)
+        if ops.is_fast(rows_RM) and rows_RM.dtype == torch.bfloat16 and len(rows_RM):
+            ends = torch.tensor(expert_rows, device=rows_RM.device).cumsum(0, dtype=torch.int32)
+            return _GroupedFFN.apply(rows_RM, w_in, w_out, ends, self.activation == "swiglu")
+        return feed_forward(
+            rows_RM, w_in, w_out, self.activation, lambda rows, weight: _GroupedLinear.apply(rows, weight, expert_rows)
+        )
 
     def views(self) -> list[ExpertView]:
         """Canonical views, one per expert and matrix."""
         return [
-            ExpertView(expert, name, parameter, partial(_canonical, slot))
-            for slot, expert in enumerate(self.experts)
-            for name, parameter in self.named_parameters()
+            view for slot, expert in enumerate(self.experts) for view in _views(expert, slot, self.w_in, self.w_out)
         ]
+
+
+class _GroupedFFN(torch.autograd.Function):
+    """All experts' networks on a GPU. Keeps the rows and the hidden values; the activation is computed anew backward,
+    in the pass that computes its gradient, which overwrites what was kept."""
+
+    @staticmethod
+    def forward(ctx: Any, rows_RM: Tensor, w_in: Tensor, w_out: Tensor, ends_L: Tensor, swiglu: bool) -> Tensor:
+        hidden = F.grouped_mm(rows_RM, w_in.mT, offs=ends_L)
+        ctx.save_for_backward(rows_RM, w_in, w_out, ends_L, hidden)
+        ctx.swiglu, ctx.spent = swiglu, False
+        return F.grouped_mm(ops.kernels().activate(hidden, swiglu), w_out.mT, offs=ends_L)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        if ctx.spent:
+            raise RuntimeError("a second backward through the same forward: its hidden values were overwritten")
+        ctx.spent = True
+        rows_RM, w_in, w_out, ends_L, hidden = ctx.saved_tensors
+        grad_RM = grads[0].contiguous()
+        activation = F.grouped_mm(grad_RM, w_out, offs=ends_L)
+        ops.kernels().activate_backward_(hidden, activation, ctx.swiglu)
+        grad_out = F.grouped_mm(grad_RM.t(), activation, offs=ends_L)
+        del activation
+        grad_rows = F.grouped_mm(hidden, w_in, offs=ends_L)
+        return grad_rows, F.grouped_mm(hidden.t(), rows_RM, offs=ends_L), grad_out, None, None
 
 
 class _GroupedLinear(torch.autograd.Function):
@@ -99,24 +137,28 @@ class _GroupedLinear(torch.autograd.Function):
     def forward(ctx: Any, rows: Tensor, weight: Tensor, expert_rows: list[int]) -> Tensor:
         ctx.save_for_backward(rows, weight)
         ctx.expert_rows = expert_rows
-        return _per_expert(rows, weight, expert_rows)
+        return per_expert(rows, weight, expert_rows)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
         rows, weight = ctx.saved_tensors
-        grad_weight = torch.empty_like(weight)
-        for grad, part, out in zip(
-            grads[0].split(ctx.expert_rows), rows.split(ctx.expert_rows), grad_weight.unbind(), strict=True
-        ):
-            torch.mm(grad.t(), part, out=out)
-        return _per_expert(grads[0], weight.mT, ctx.expert_rows), grad_weight, None
+        grad_weight = outer_per_expert(grads[0], rows, ctx.expert_rows)
+        return per_expert(grads[0], weight.mT, ctx.expert_rows), grad_weight, None
 
 
-def _per_expert(rows: Tensor, weight: Tensor, expert_rows: list[int]) -> Tensor:
-    """Rows [R, A] and weights [L, B, A] to [R, B]."""
+def per_expert(rows: Tensor, weight: Tensor, expert_rows: list[int]) -> Tensor:
+    """Rows [R, A], sorted by expert, and weights [L, B, A] to [R, B], one expert after the other."""
     product = rows.new_empty(len(rows), weight.shape[1])
     for part, matrix, out in zip(rows.split(expert_rows), weight.unbind(), product.split(expert_rows), strict=True):
         out.copy_(_linear(part, matrix))
+    return product
+
+
+def outer_per_expert(grads: Tensor, rows: Tensor, expert_rows: list[int]) -> Tensor:
+    """Gradients [R, B] and rows [R, A], sorted by expert, to the gradients of the weights [L, B, A]."""
+    product = rows.new_empty(len(expert_rows), grads.shape[1], rows.shape[1])
+    for grad, part, out in zip(grads.split(expert_rows), rows.split(expert_rows), product.unbind(), strict=True):
+        torch.mm(grad.t(), part, out=out)
     return product
 
 
@@ -127,24 +169,22 @@ def _linear(rows: Tensor, weight: Tensor) -> Tensor:
     return F.linear(rows, weight)
 
 
-def _canonical(slot: int, tensor: Tensor) -> Tensor:
-    return tensor[slot].t()
-
-
 def feed_forward(
-    rows: Tensor, weights: dict[str, Tensor], activation: Activation, multiply: Callable[[Tensor, Tensor], Tensor]
+    rows: Tensor, w_in: Tensor, w_out: Tensor, activation: Activation, multiply: Callable[[Tensor, Tensor], Tensor]
 ) -> Tensor:
-    """w2(gelu(w1 rows)), or w2(silu(w1 rows) * (w3 rows)) for `swiglu`.
+    """w_out gelu(w_in rows), or w_out (silu(w1 rows) * (w3 rows)) for `swiglu`, with w_in = [w1, w3].
 
     Args:
         rows: [..., M].
-        weights: by name, in the layout that `multiply` takes.
+        w_in, w_out: in the layout that `multiply` takes.
         activation: which.
         multiply: rows [..., A] and a weight to [..., B].
 
     Returns:
         [..., M].
     """
+    hidden = multiply(rows, w_in)
     if activation == "gelu":
-        return multiply(F.gelu(multiply(rows, weights["w1"])), weights["w2"])
-    return multiply(F.silu(multiply(rows, weights["w1"])) * multiply(rows, weights["w3"]), weights["w2"])
+        return multiply(F.gelu(hidden), w_out)
+    left, right = hidden.chunk(2, -1)
+    return multiply(F.silu(left) * right, w_out)

@@ -5,11 +5,12 @@ Dimensions: T tokens, M model, E experts, K choices.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from moe import ops
 from moe.system import LayerSpec
 
 
@@ -41,7 +42,7 @@ def balance_loss(probs_TE: Tensor, expert_ids_TK: Tensor) -> Tensor:
     """
     num_experts = probs_TE.shape[1]
     counted = expert_ids_TK[:, :1] if expert_ids_TK.shape[1] <= 2 else expert_ids_TK
-    shares_E = torch.bincount(counted.flatten(), minlength=num_experts).to(probs_TE.dtype) / counted.numel()
+    shares_E = ops.count_choices(counted, num_experts).to(probs_TE.dtype) / counted.numel()
     return num_experts * (shares_E * probs_TE.mean(0)).sum()
 
 
@@ -68,11 +69,47 @@ def queue_positions(expert_ids_TK: Tensor, num_experts: int) -> Tensor:
     """
     by_choice = expert_ids_TK.t().flatten()  # [K * T], first choices first
     order = torch.argsort(by_choice, stable=True)
-    counts_E = torch.bincount(by_choice, minlength=num_experts)
+    counts_E = ops.count_choices(by_choice, num_experts)
     starts_E = counts_E.cumsum(0) - counts_E
     position = torch.empty_like(order)
     position[order] = torch.arange(len(order), device=order.device) - starts_E[by_choice[order]]
     return position.view(expert_ids_TK.shape[1], -1).t()
+
+
+class _Route(torch.autograd.Function):
+    """Probabilities [T, E], ids [T, K] and weights [T, K] of `kernels.route`, from tokens and the gate's matrix.
+
+    In bfloat16 the tokens are exact and the matrix is cut into three bfloat16 ones, so that one product on tensor cores
+    gives float32 logits without a float32 copy of the tokens.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x_TM: Tensor, weight_EM: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
+        fast = ops.kernels()
+        parts = fast.split_bf16(weight_EM) if x_TM.dtype == torch.bfloat16 else weight_EM.to(x_TM.dtype)
+        probs_TE, ids_TK, weights_TK = fast.route(_product(x_TM, parts.t()), len(weight_EM), top_k)
+        ctx.save_for_backward(x_TM, parts, probs_TE, ids_TK)
+        ctx.mark_non_differentiable(ids_TK)
+        ctx.set_materialize_grads(False)
+        return probs_TE, ids_TK, weights_TK
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor, Tensor, None]:
+        x_TM, parts, probs_TE, ids_TK = ctx.saved_tensors
+        grad_probs, _, grad_weights = grads
+        if grad_weights is None:
+            grad_weights = torch.zeros(ids_TK.shape, device=probs_TE.device)
+        grad_logits = ops.kernels().route_backward(probs_TE, ids_TK, grad_weights, grad_probs, x_TM.dtype)
+        num_experts = probs_TE.shape[1]
+        grad_weight = _product(grad_logits.t(), x_TM).view(-1, num_experts, x_TM.shape[1]).sum(0)
+        return grad_logits[:, :num_experts] @ parts[:num_experts], grad_weight, None
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """Of two matrices of one dtype, in float32."""
+    if left.is_cuda and left.dtype == torch.bfloat16:
+        return torch.mm(left, right, out_dtype=torch.float32)
+    return left.float() @ right.float()
 
 
 class TopKGate(nn.Module):
@@ -91,17 +128,16 @@ class TopKGate(nn.Module):
     def forward(self, x_TM: Tensor) -> Routing:
         """Route tokens [T, M]."""
         spec = self.spec
-        logits_TE = x_TM.float() @ self.weight.float().t()
-        probs_TE = logits_TE.softmax(1)
-        expert_ids_TK = probs_TE.topk(spec.top_k, dim=1).indices
+        if ops.is_fast(x_TM):
+            probs_TE, expert_ids_TK, weights_TK = _Route.apply(x_TM, self.weight.float(), spec.top_k)
+        else:
+            probs_TE = (x_TM.float() @ self.weight.float().t()).softmax(1)
+            expert_ids_TK = probs_TE.topk(spec.top_k, dim=1).indices
+            weights_TK = combine_weights(probs_TE, expert_ids_TK)
         kept_TK = None
         if spec.capacity_factor is not None:
             kept_TK = queue_positions(expert_ids_TK, spec.num_experts) < spec.capacity(len(x_TM))
-        return Routing(
-            expert_ids_TK,
-            combine_weights(probs_TE, expert_ids_TK, kept_TK),
-            kept_TK,
-            probs_TE,
-            torch.bincount(expert_ids_TK.flatten(), minlength=spec.num_experts),
-            balance_loss(probs_TE, expert_ids_TK),
-        )
+            weights_TK = combine_weights(probs_TE, expert_ids_TK, kept_TK)
+        counts_E = ops.count_choices(expert_ids_TK, spec.num_experts)
+        aux_loss = balance_loss(probs_TE, expert_ids_TK)
+        return Routing(expert_ids_TK, weights_TK, kept_TK, probs_TE, counts_E, aux_loss)

@@ -21,9 +21,9 @@ class BatchedExperts(GroupedExperts):
 
     def forward(self, rows_RM: Tensor, expert_rows: list[int]) -> Tensor:
         """Run each expert on its R / L rows [R, M]; returns the same order and dtype."""
-        weights = {name: weight.to(rows_RM.dtype) for name, weight in self.named_parameters()}
+        w_in, w_out = self.w_in.to(rows_RM.dtype), self.w_out.to(rows_RM.dtype)
         x_LCM = rows_RM.view(len(self.experts), expert_rows[0], rows_RM.shape[1])
-        y_LCM = feed_forward(x_LCM, weights, self.activation, lambda rows, weight: rows @ weight.mT)
+        y_LCM = feed_forward(x_LCM, w_in, w_out, self.activation, lambda rows, weight: rows @ weight.mT)
         return y_LCM.view_as(rows_RM)
 
 

@@ -12,7 +12,7 @@ lock=requirements/lock.txt
 torch=torch==2.13.0
 
 # What the CUDA build of torch needs and the CPU build doesn't. torch itself pins these exactly.
-cuda_only=(cuda-bindings cuda-toolkit nvidia-cudnn-cu13 nvidia-cusparselt-cu13 nvidia-nccl-cu13 nvidia-nvshmem-cu13 triton)
+cuda_only=(cuda-bindings cuda-toolkit nvidia-cudnn-cu13 nvidia-cusparselt-cu13 nvidia-nccl-cu13 nvidia-nvshmem-cu13)
 
 new=$(mktemp)
 trap 'rm -f "$new" "$new.pins"' EXIT
@@ -25,7 +25,7 @@ cat > "$new" <<'HEADER'
 # Written by `make lock` from pyproject.toml; `make venv` installs exactly this. Do not edit by hand.
 #
 # Every package of every extra, its dependencies included, one version for all of Python 3.11 to 3.13. What is not here:
-# the CUDA libraries (nvidia-*, cuda-*, triton) of torch's CUDA build. torch pins those exactly itself, and the CPU build,
+# the CUDA libraries (nvidia-*, cuda-*) of torch's CUDA build. torch pins those exactly itself, and the CPU build,
 # the suite's default, has none of them. `make venv` installs torch first, as its CPU build 2.13.0+cpu or, with
 # TORCH=cuda, as the default one; both satisfy the pin below.
 HEADER

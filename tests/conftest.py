@@ -8,11 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import settings
 
 # A test that would download something fails instead; set before anything imports the libraries that read them.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
+
+# Without a GPU, Triton's kernels are interpreted; this is read when Triton is imported, whoever does that first.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 # Whoever starts the tests in the background makes them, and every process that they start, ignore Ctrl-C; the tests of
 # Ctrl-C send it.

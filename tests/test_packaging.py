@@ -75,7 +75,7 @@ def loose_lines(lock_text: str) -> list[str]:
 
 def cuda_only(lock: Iterable[str]) -> list[str]:
     """Packages of the lock that only a CUDA build of torch needs."""
-    return [name for name in lock if name.startswith(("nvidia-", "cuda-")) or name == "triton"]
+    return [name for name in lock if name.startswith(("nvidia-", "cuda-"))]
 
 
 def environment_differs(
@@ -225,7 +225,7 @@ def test_loose_lines_can_fail(line: str) -> None:
 
 
 def test_cuda_only_can_fail() -> None:
-    assert cuda_only(["numpy", "nvidia-cudnn-cu13", "triton", "tritonclient"]) == ["nvidia-cudnn-cu13", "triton"]
+    assert cuda_only(["numpy", "nvidia-cudnn-cu13", "cuda-toolkit", "triton"]) == ["nvidia-cudnn-cu13", "cuda-toolkit"]
 
 
 def test_environment_differs_can_fail() -> None:

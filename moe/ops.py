@@ -1,0 +1,114 @@
+"""Passes over tokens and copies: in torch, which is the reference and the CPU path, or one Triton kernel each on a GPU.
+
+Dimensions: T tokens, K choices, S copies that are kept, M model, E experts.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from types import ModuleType
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+HAS_TRITON = find_spec("triton") is not None
+
+
+def is_fast(tensor: Tensor) -> bool:
+    """Whether a tensor lies where `moe.kernels` runs: on a GPU, with Triton installed."""
+    return tensor.is_cuda and HAS_TRITON
+
+
+def kernels() -> ModuleType:
+    """`moe.kernels`, imported when first needed: without a GPU there may be no Triton."""
+    import moe.kernels
+
+    return moe.kernels
+
+
+def gather_rows(rows: Tensor, index: Tensor, divisor: int = 1) -> Tensor:
+    """rows[index // divisor].
+
+    Args:
+        rows: [N, M].
+        index: [S] int64.
+        divisor: 1, or K where the index counts copies and the rows are tokens.
+
+    Returns:
+        [S, M].
+    """
+    if is_fast(rows):
+        return kernels().gather_rows(rows, index, divisor)
+    return rows.index_select(0, index if divisor == 1 else index // divisor)
+
+
+def sum_copies(copies_SM: Tensor, inverse_TK: Tensor, weights_TK: Tensor | None = None) -> Tensor:
+    """Each token's copies, weighted and summed in choice order.
+
+    Args:
+        copies_SM: [S, M].
+        inverse_TK: [T, K] int64, row of each copy; S for one that was dropped.
+        weights_TK: [T, K], or None for ones.
+
+    Returns:
+        [T, M], in the dtype of the copies.
+    """
+    if is_fast(copies_SM):
+        return kernels().sum_copies(copies_SM, inverse_TK, weights_TK)
+    if len(copies_SM) < inverse_TK.numel():  # a dropped copy finds a row of zeros behind the others
+        copies_SM = torch.cat([copies_SM, copies_SM.new_zeros(1, copies_SM.shape[1])])
+    weights = None if weights_TK is None else weights_TK.to(copies_SM.dtype)
+    return F.embedding_bag(inverse_TK, copies_SM, per_sample_weights=weights, mode="sum")
+
+
+def weighted_sum_backward(
+    grad_TM: Tensor, copies_SM: Tensor, order: Tensor, inverse_TK: Tensor, weights_TK: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of `sum_copies` with weights.
+
+    Args:
+        grad_TM: [T, M], of its result.
+        copies_SM, inverse_TK, weights_TK: what it was given.
+        order: [S] int64, the inverse of `inverse_TK`.
+
+    Returns:
+        of the copies [S, M] and of the weights [T, K], each in its dtype; 0 for dropped copies.
+    """
+    if is_fast(grad_TM):
+        return kernels().weighted_sum_backward(grad_TM, copies_SM, inverse_TK, weights_TK)
+    grad_SM = gather_rows(grad_TM, order, weights_TK.shape[1])
+    grad_weights_TK = torch.zeros_like(weights_TK)
+    grad_weights_TK.view(-1)[order] = torch.linalg.vecdot(grad_SM, copies_SM).to(weights_TK.dtype)
+    return grad_SM * weights_TK.flatten()[order].unsqueeze(1).to(copies_SM.dtype), grad_weights_TK
+
+
+def count_choices(expert_ids: Tensor, num_experts: int) -> Tensor:
+    """[E] int64, how often each expert stands in an int64 tensor. On a GPU `torch.bincount` would wait for it."""
+    if is_fast(expert_ids):
+        return kernels().count_choices(expert_ids.flatten().contiguous(), num_experts)
+    return torch.bincount(expert_ids.flatten(), minlength=num_experts)
+
+
+def sort_by_expert(chosen: Tensor, num_experts: int, num_kept: int) -> tuple[Tensor, Tensor]:
+    """Stable sort of the copies by expert.
+
+    Args:
+        chosen: [T * K] int64 experts; `num_experts` for a dropped copy.
+        num_experts: E.
+        num_kept: S, how many are not dropped.
+
+    Returns:
+        order [S], sorted place -> copy; inverse [T * K], copy -> sorted place, S for a dropped one; int64.
+    """
+    if is_fast(chosen) and num_experts <= 1024:
+        return kernels().sort_by_expert(chosen, num_experts, num_kept)
+    order = torch.argsort(chosen, stable=True)[:num_kept]
+    return order, inverse_of(order, len(chosen))
+
+
+def inverse_of(order: Tensor, length: int) -> Tensor:
+    """[length] int64: at order[i] it is i, and len(order) at places that `order` does not hold."""
+    inverse = torch.full((length,), len(order), dtype=order.dtype, device=order.device)
+    inverse[order] = torch.arange(len(order), dtype=order.dtype, device=order.device)
+    return inverse

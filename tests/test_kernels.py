@@ -1,0 +1,190 @@
+"""Triton kernels against the torch path: compiled on a GPU, interpreted on a CPU.
+
+The interpreter cuts bfloat16 off instead of rounding it.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moe import ops
+from moe.gate import TopKGate
+from moe.system import LayerSpec
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(scope="module")
+def fast() -> ModuleType:
+    """`moe.kernels`; every tensor takes them while it is in use."""
+    pytest.importorskip("triton", reason="Triton has no build for this system")
+    return ops.kernels()
+
+
+@pytest.fixture
+def on_kernels(fast: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets the suite take the kernels wherever its tensors lie."""
+    monkeypatch.setattr(ops, "is_fast", lambda _tensor: True)
+
+
+def normal(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator).to(DEVICE, dtype)
+
+
+def plan(num_tokens: int, num_experts: int, top_k: int, drop_every: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """chosen [T * K], order [S] and inverse [T, K] of a random routing; every so many copies are dropped."""
+    generator = torch.Generator().manual_seed(num_tokens)
+    ids = torch.rand(num_tokens, num_experts, generator=generator).topk(top_k).indices.flatten()
+    if drop_every:
+        ids[::drop_every] = num_experts
+    num_kept = int((ids < num_experts).sum())
+    order = torch.argsort(ids, stable=True)[:num_kept]
+    inverse = ops.inverse_of(order, len(ids)).view(num_tokens, top_k)
+    return ids.to(DEVICE), order.to(DEVICE), inverse.to(DEVICE)
+
+
+CASES = [(1, 4, 1, 0), (7, 5, 1, 2), (33, 8, 2, 0), (130, 16, 2, 3), (65, 256, 8, 0), (40, 24, 3, 1)]
+"""Tokens, experts, choices, and every how many copies one is dropped (1: all)."""
+
+
+@pytest.mark.parametrize(("num_tokens", "num_experts", "top_k", "drop_every"), CASES)
+def test_copies_are_sorted_as_a_stable_sort_does(
+    fast: ModuleType, num_tokens: int, num_experts: int, top_k: int, drop_every: int
+) -> None:
+    chosen, order, inverse = plan(num_tokens, num_experts, top_k, drop_every)
+    got_order, got_inverse = fast.sort_by_expert(chosen, num_experts, len(order))
+    assert torch.equal(got_order, order)
+    assert torch.equal(got_inverse, inverse.flatten())
+    counts = fast.count_choices(chosen, num_experts + 1)
+    assert torch.equal(counts, torch.bincount(chosen, minlength=num_experts + 1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("num_tokens", "num_experts", "top_k", "drop_every"), CASES)
+def test_copies_go_out_and_come_back_weighted(
+    fast: ModuleType, dtype: torch.dtype, num_tokens: int, num_experts: int, top_k: int, drop_every: int
+) -> None:
+    _, order, inverse = plan(num_tokens, num_experts, top_k, drop_every)
+    x, weights = normal(num_tokens, 48, dtype=dtype), normal(num_tokens, top_k, seed=1)
+    copies = fast.gather_rows(x, order, top_k)
+    assert torch.equal(copies, x[order // top_k])
+    copies = normal(len(order), 48, dtype=dtype, seed=2)
+    rows = torch.cat([copies, copies.new_zeros(1, 48)]).double()[inverse]
+    tolerance: dict[str, Any] = (
+        {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 2**-7, "atol": 2**-7}
+    )
+    for given in (None, weights):
+        scale = torch.ones_like(weights) if given is None else weights
+        expected = (rows * scale.double().unsqueeze(-1)).sum(1)
+        torch.testing.assert_close(fast.sum_copies(copies, inverse, given).double(), expected, **tolerance)
+    grad = normal(num_tokens, 48, dtype=dtype, seed=3)
+    grad_copies, grad_weights = fast.weighted_sum_backward(grad, copies, inverse, weights)
+    kept_weights = weights.flatten()[order].double().unsqueeze(1)
+    expected = grad.double()[order // top_k] * kept_weights
+    torch.testing.assert_close(grad_copies.double(), expected, **tolerance)
+    torch.testing.assert_close(grad_weights.double(), (rows * grad.double().unsqueeze(1)).sum(2), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("swiglu", [False, True])
+def test_activations_and_their_gradients(fast: ModuleType, swiglu: bool) -> None:
+    hidden = normal(37, 96 if swiglu else 48).requires_grad_()
+    grad = normal(37, 48, seed=1)
+    left, right = hidden.chunk(2, 1) if swiglu else (hidden, None)
+    expected = F.gelu(left) if right is None else F.silu(left) * right
+    expected.backward(grad)
+    torch.testing.assert_close(fast.activate(hidden.detach(), swiglu), expected.detach(), rtol=1e-5, atol=1e-6)
+    overwritten = hidden.detach().clone()
+    fast.activate_backward_(overwritten, grad, swiglu)
+    torch.testing.assert_close(grad, expected.detach(), rtol=1e-5, atol=1e-6)
+    assert hidden.grad is not None
+    torch.testing.assert_close(overwritten, hidden.grad, rtol=1e-5, atol=1e-5)
+
+
+def test_a_matrix_is_the_sum_of_its_three_parts(fast: ModuleType) -> None:
+    matrix = normal(5, 77)
+    parts = fast.split_bf16(matrix).view(3, 5, 77)
+    torch.testing.assert_close(parts[0].float(), matrix, rtol=2**-7, atol=0)
+    torch.testing.assert_close(parts.double().sum(0), matrix.double(), rtol=2**-21, atol=0)
+
+
+@pytest.mark.parametrize(("num_experts", "top_k"), [(4, 1), (6, 2), (256, 8), (3, 3)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_gate_routes_as_on_the_torch_path(
+    on_kernels: None, monkeypatch: pytest.MonkeyPatch, num_experts: int, top_k: int, dtype: torch.dtype
+) -> None:
+    spec = LayerSpec(model_dim=32, hidden_dim=8, num_experts=num_experts, top_k=top_k)
+    gate = TopKGate(spec, torch.device(DEVICE))
+    with torch.no_grad():
+        gate.weight.copy_(normal(num_experts, 32, seed=4))
+    x = normal(29, 32, dtype=dtype, seed=5)
+    grad_weights, grad_probs = normal(29, top_k, seed=6), normal(29, num_experts, seed=7)
+
+    def observed() -> dict[str, Tensor]:
+        tokens = x.clone().requires_grad_()
+        gate.weight.grad = None
+        routing = gate(tokens)
+        (
+            (routing.weights_TK * grad_weights).sum() + (routing.probs_TE * grad_probs).sum() + routing.aux_loss
+        ).backward()
+        assert tokens.grad is not None and gate.weight.grad is not None
+        return {
+            "ids": routing.expert_ids_TK,
+            "weights": routing.weights_TK.detach(),
+            "counts": routing.counts_E,
+            "aux": routing.aux_loss.detach(),
+            "x": tokens.grad,
+            "gate": gate.weight.grad,
+        }
+
+    got = observed()
+    monkeypatch.setattr(ops, "is_fast", lambda _tensor: False)
+    expected = observed()
+    assert torch.equal(got["ids"], expected["ids"])
+    assert torch.equal(got["counts"], expected["counts"])
+    for name in ("weights", "aux", "gate"):
+        torch.testing.assert_close(got[name], expected[name], rtol=1e-3, atol=2e-5)
+    near: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2**-6, "atol": 2**-5}
+    torch.testing.assert_close(got["x"], expected["x"], **near)
+
+
+@pytest.mark.parametrize("swiglu", [False, True])
+def test_grouped_experts_are_the_experts_one_after_the_other(
+    on_kernels: None, monkeypatch: pytest.MonkeyPatch, swiglu: bool
+) -> None:
+    """In bfloat16, with an expert that has no row; twice, the memory of the first time dirtied in between."""
+    from moe.experts import GroupedExperts
+
+    spec = LayerSpec(64, 32, 4, 1, activation="swiglu" if swiglu else "gelu")
+    experts = GroupedExperts(spec, range(4), torch.device(DEVICE))
+    with torch.no_grad():
+        for seed, parameter in enumerate(experts.parameters()):
+            parameter.copy_(normal(*parameter.shape, seed=seed) * parameter.shape[-1] ** -0.5)
+    rows, grad, sizes = normal(41, 64, dtype=torch.bfloat16, seed=8), normal(41, 64, seed=9).bfloat16(), [7, 0, 33, 1]
+
+    def observed() -> list[Tensor]:
+        given = rows.clone().requires_grad_()
+        for parameter in experts.parameters():
+            parameter.grad = None
+        output = experts(given, sizes)
+        output.backward(grad, retain_graph=True)
+        found = [output.detach(), given.grad, *[parameter.grad for parameter in experts.parameters()]]
+        if ops.is_fast(rows):
+            with pytest.raises(RuntimeError, match="a second backward through the same forward"):
+                output.backward(grad)
+        return [tensor.clone() for tensor in found if tensor is not None]
+
+    first = observed()
+    dirt = [torch.full_like(tensor, float("nan")) for tensor in first for _ in range(3)]
+    del dirt
+    second = observed()
+    monkeypatch.setattr(ops, "is_fast", lambda _tensor: False)
+    for got, again, expected in zip(first, second, observed(), strict=True):
+        assert torch.equal(got, again)
+        assert (got - expected).float().norm() <= 1e-2 * expected.float().norm()
