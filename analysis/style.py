@@ -11,7 +11,7 @@ import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import matplotlib as mpl
 import seaborn as sns
@@ -127,7 +127,7 @@ def new_figure(height_inches: float, **subplots: Any) -> tuple[Figure, list[Axes
     return figure, list(figure.subplots(squeeze=False, **subplots).flat)
 
 
-def panel(axes: Axes, title: str, kind: str, grid: str = "x") -> None:
+def panel(axes: Axes, title: str, kind: str, grid: Literal["x", "y", "both"] = "x") -> None:
     """Head of a panel: its title on the left, `measured`, `modelled` or `simulated` on the right; grid and spines."""
     axes.set_title(title, loc="left", fontweight="bold")
     axes.set_title(
@@ -137,7 +137,7 @@ def panel(axes: Axes, title: str, kind: str, grid: str = "x") -> None:
         color=GREY,
         bbox={"boxstyle": "round,pad=0.25,rounding_size=0.6", "facecolor": "#f1f1f1", "edgecolor": "none"},
     )
-    axes.grid(True, axis=grid)  # type: ignore[arg-type]
+    axes.grid(True, axis=grid)
     axes.set_axisbelow(True)
     sns.despine(ax=axes)
 

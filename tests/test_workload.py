@@ -129,7 +129,7 @@ def test_replay_of_a_wrong_file_is_refused(
 ) -> None:
     path = tmp_path / "routing.npz"
     if arrays is not None:
-        np.savez(path, **arrays)  # type: ignore[arg-type]
+        np.savez(path, **arrays)  # type: ignore[arg-type]  # the stubs take them for `allow_pickle`
     with pytest.raises(ConfigError, match=message) as caught:
         replayed(path, 2, **changed)
     assert f"workload.path={path}" in str(caught.value)
