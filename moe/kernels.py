@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 def _warps(block: int) -> int:
-    """Warps of a program that holds a row of `block` elements: 8 or 16 elements a thread."""
+    """Warps of a program that holds a row of `block` elements: 16 elements a thread, more beyond 8192."""
     return max(1, min(16, block // 512))
 
 
@@ -30,16 +30,7 @@ def _gather_rows(rows, index, out, DIVISOR: tl.constexpr, M: tl.constexpr, BLOCK
 
 
 def gather_rows(rows: Tensor, index: Tensor, divisor: int = 1) -> Tensor:
-    """rows[index // divisor].
-
-    Args:
-        rows: [N, M].
-        index: [S] int64.
-        divisor: 1, or K where the index counts copies and the rows are tokens.
-
-    Returns:
-        [S, M].
-    """
+    """As `moe.ops.gather_rows`."""
     out = rows.new_empty(len(index), rows.shape[1])
     if len(index):
         block = triton.next_power_of_2(rows.shape[1])
@@ -73,16 +64,7 @@ def _sum_copies(
 
 
 def sum_copies(copies_SM: Tensor, inverse_TK: Tensor, weights_TK: Tensor | None) -> Tensor:
-    """Each token's copies, weighted and summed in choice order.
-
-    Args:
-        copies_SM: [S, M].
-        inverse_TK: [T, K] int64, row of each copy; S for one that was dropped.
-        weights_TK: [T, K] float, or None for ones.
-
-    Returns:
-        [T, M], summed in float32, in the dtype of the copies.
-    """
+    """As `moe.ops.sum_copies`, summed in float32."""
     num_tokens, top_k = inverse_TK.shape
     model_dim = copies_SM.shape[1]
     out = copies_SM.new_empty(num_tokens, model_dim)
@@ -132,11 +114,7 @@ def _weight_copies(
 def weighted_sum_backward(
     grad_TM: Tensor, copies_SM: Tensor, inverse_TK: Tensor, weights_TK: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of `sum_copies` with weights, of the copies and of the weights, in one pass.
-
-    Returns:
-        [S, M] in the dtype of the copies, and [T, K] float32, 0 for dropped copies.
-    """
+    """As `moe.ops.weighted_sum_backward`, in one pass; the gradient of the weights is float32."""
     num_tokens, top_k = inverse_TK.shape
     model_dim = copies_SM.shape[1]
     grad_copies = torch.empty_like(copies_SM)
@@ -201,7 +179,7 @@ def _counting(num_experts: int) -> tuple[int, int]:
 
 
 def count_choices(chosen_S: Tensor, num_experts: int) -> Tensor:
-    """[E] int64, how often each expert stands in int64 [S]."""
+    """As `moe.ops.count_choices`, of int64 [S]."""
     experts, block = _counting(num_experts)
     num_blocks = triton.cdiv(len(chosen_S), block)
     counts = torch.empty(num_blocks, num_experts, dtype=torch.int32, device=chosen_S.device)
@@ -211,16 +189,7 @@ def count_choices(chosen_S: Tensor, num_experts: int) -> Tensor:
 
 
 def sort_by_expert(chosen_S: Tensor, num_experts: int, num_kept: int) -> tuple[Tensor, Tensor]:
-    """Stable counting sort of copies by expert.
-
-    Args:
-        chosen_S: [T * K] int64 experts; `num_experts` for a dropped copy.
-        num_experts: E, at most 1024.
-        num_kept: S, copies that are not dropped.
-
-    Returns:
-        order [S] and inverse [T * K], int64, as in `moe.dispatch.DispatchPlan`.
-    """
+    """As `moe.ops.sort_by_expert`, by counting, for at most 1024 experts."""
     experts, block = _counting(num_experts)
     num_copies = len(chosen_S)
     num_blocks = triton.cdiv(num_copies, block)
