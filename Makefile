@@ -29,7 +29,7 @@ test: $(STAMP) ## run the whole test suite
 	$(VENV)/bin/python -m pytest -q $(ARGS)
 
 test-gpu: $(STAMP) ## run the tests that need GPUs, on all GPUs of this machine
-	$(VENV)/bin/python -m pytest -q tests/gpu $(ARGS)
+	$(VENV)/bin/python -m pytest -q tests/gpu tests/test_kernels.py $(ARGS)
 
 lint: $(STAMP) ## ruff and mypy, all of them even if one complains
 	@failed=; for tool in "ruff check" "ruff format --check"; do \
