@@ -35,8 +35,9 @@ def floor_step(spec: LayerSpec, expert_ids_TK: Tensor, mesh: Mesh) -> Callable[[
     counts_E = torch.bincount(expert_ids_TK.flatten(), minlength=spec.num_experts).to(mesh.device)
     if spec.capacity_factor is not None:
         counts_E = counts_E.clamp_max(spec.capacity(len(expert_ids_TK)))
-    arriving_E = torch.empty_like(counts_E)
-    dist.all_to_all_single(arriving_E, counts_E, group=mesh.ep_group)
+    arriving_E = counts_E.clone()
+    if mesh.ep_size > 1:
+        dist.all_to_all_single(arriving_E, counts_E, group=mesh.ep_group)
     send_rows, receive_rows = (counts.view(mesh.ep_size, -1).sum(1).tolist() for counts in (counts_E, arriving_E))
     expert_rows = arriving_E.view(mesh.ep_size, -1).sum(0).tolist()
     num_local, num_rows, model_dim = len(expert_rows), sum(expert_rows), spec.model_dim

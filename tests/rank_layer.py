@@ -10,9 +10,13 @@ import torch
 import torch.distributed as dist
 
 from experiments import layer_bench, registry, timing
+from experiments.config import LayerRunConfig, cluster_from
+from experiments.floor import floor_step
 from experiments.ranks import RankInfo
+from experiments.samples import SampleWriter
 from moe.layer import NativeMoE
-from moe.mesh import Mesh
+from moe.mesh import Mesh, create_mesh
+from moe.metering import LinkMeter
 from moe.system import LayerSpec, MoELayer, System
 
 
@@ -52,7 +56,22 @@ def measure(payload: dict[str, Any], info: RankInfo) -> dict[str, Any]:
     gathered: list[Any] = [None] * info.world_size
     dist.all_gather_object(gathered, repr(rows))
     agree = all(told == gathered[0] for told in gathered)
-    return {"rows": rows, "ranks_agree": agree, "interleaved": interleaved(info)}
+    floors = {name: floor_bytes(payload["configs"][name], info) for name in ("uniform", "drops")}
+    return {"rows": rows, "ranks_agree": agree, "interleaved": interleaved(info), "floors": floors}
+
+
+def floor_bytes(config: dict[str, Any], info: RankInfo) -> dict[str, float]:
+    """What a step of the floor sends, over all ranks, by `<level>/<class>`."""
+    loaded = LayerRunConfig.model_validate(config)
+    mesh = create_mesh(cluster_from(loaded.cluster), info.device)
+    case = layer_bench.build_case(loaded, loaded.shapes[0], mesh)
+    step = floor_step(case.spec, case.ids_TK, mesh)
+    meter = LinkMeter(mesh.cluster, mesh.rank)
+    with meter.installed():
+        step()
+    writer = SampleWriter("floor", "native", case.shape, case.workload, case.seed)
+    writer.add_bytes(timing.over_ranks(meter.as_tensor(), dist.ReduceOp.SUM, info.device), mesh.cluster)
+    return {row.part: row.value for row in writer.rows}
 
 
 def interleaved(info: RankInfo) -> dict[str, list[float]]:

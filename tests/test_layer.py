@@ -10,17 +10,22 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 import pytest
+from torch.utils.flop_counter import FlopCounterMode
 
 import analysis.layer
 from experiments import bench_run, layer, layer_bench
 from experiments.bench_run import BenchRun
 from experiments.cli import compose
 from experiments.config import load_layer
+from experiments.floor import floor_step
 from experiments.launch import run_ranks
 from experiments.samples import SampleRow, SampleWriter
+from moe import experts
 from moe.stages import STAGES
+from moe.system import Activation, LayerSpec
 from moe.topology import cluster_of
 from moe.workload import Workload, expert_ids
+from tests.lone import lone_mesh
 from tests.rank_models import runnable
 from tests.tiny import ONE_RANK, run_ranks_here
 
@@ -106,6 +111,10 @@ def test_what_is_measured_of_every_system(
     times = of(told, system, "step_time")
     assert list(times) == [""] and len(times[""]) == ROUNDS
     assert min(times[""]) > 0
+    floors = of(told, system, "floor_time")
+    assert len(floors[""]) == ROUNDS
+    assert min(floors[""]) > 0
+    assert floors == of(told, "flat", "floor_time"), "one floor for all, of the same rounds"
     stages = of(told, system, "stage_time")
     assert stages.keys() == {f"{direction}/{stage}" for direction in ("forward", "backward") for stage in STAGES}
     assert {len(values) for values in stages.values()} == {layer_bench.STAGE_ROUNDS}
@@ -119,6 +128,32 @@ def test_what_is_measured_of_every_system(
     for part, (error,) in errors.items():
         assert error <= 1e-5, part
     assert {row.unit for row in told if row.metric in ("step_time", "stage_time")} == {"s"}
+
+
+@pytest.mark.parametrize("name", ["uniform", "drops"])
+def test_the_floor_sends_the_rows_of_flat_but_no_counts(
+    name: str, measured: dict[str, Any], rows: dict[str, list[SampleRow]]
+) -> None:
+    expected = {part: value for part, (value,) in of(rows[name], "flat", "bytes").items()}
+    for rank in range(WORLD_SIZE):
+        for peer in range(WORLD_SIZE):
+            level = CLUSTER.level_names[CLUSTER.level_of(rank, peer)]
+            expected[f"{level}/alltoall"] -= NUM_EXPERTS // WORLD_SIZE * 8
+    assert measured["floors"][name] == expected
+
+
+@pytest.mark.parametrize(("activation", "matrices"), [("gelu", 2), ("swiglu", 3)])
+def test_the_floor_multiplies_what_the_experts_do(
+    monkeypatch: pytest.MonkeyPatch, activation: Activation, matrices: int
+) -> None:
+    """Every row by every matrix, and twice as much backward; oneDNN's operator is not known to torch's counter."""
+    monkeypatch.setattr(experts, "ONEDNN", False)
+    spec = LayerSpec(MODEL_DIM, 16, NUM_EXPERTS, TOP_K, activation)
+    ids_TK = expert_ids(Workload("uniform"), NUM_TOKENS, NUM_EXPERTS, TOP_K, seed=0, rank=0)
+    step = floor_step(spec, ids_TK, lone_mesh())
+    with FlopCounterMode(display=False) as counter:
+        step()
+    assert counter.get_total_flops() == 3 * matrices * 2 * NUM_TOKENS * TOP_K * MODEL_DIM * 16
 
 
 @pytest.mark.parametrize("name", ["uniform", "zipf", "replay"])
