@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import signal
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from hypothesis import settings
+
+if TYPE_CHECKING:
+    from tests.tiny import Configure
 
 # A test that would download something fails instead; set before anything imports the libraries that read them.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -54,3 +57,21 @@ def model_facts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[st
     logs = folder / "logs"
     facts = run_ranks("tests.rank_models:measure", payload, num_ranks=4, ranks_per_node=2, log_dir=logs, timeout_s=60)
     return folder, facts
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of real text that no test changes; its tokens are built once."""
+    from tests.tiny import write_text
+
+    return write_text(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture
+def config(tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> Configure:
+    """Makes a config of one rank from overrides; runs of it take place in this process."""
+    from experiments import cells
+    from tests.tiny import ONE_RANK, run_ranks_here, tiny_config
+
+    monkeypatch.setattr(cells, "run_ranks", run_ranks_here)
+    return lambda *overrides: tiny_config(tmp_path / "out", text, ONE_RANK, *overrides)

@@ -12,29 +12,14 @@ from typing import Any
 import pytest
 import torch
 
-from experiments import callbacks, cells, module
+from experiments import callbacks, module
 from experiments.callbacks import Checkpointer, Progress, Recorder, Validator
 from experiments.cells import run_dir_of
-from experiments.config import RunConfig
 from experiments.module import LanguageModel
 from experiments.ranks import RankInfo
 from moe.metering import LinkMeter
 from tests.lone import lone_mesh
-from tests.tiny import ONE_RANK, before_recording, by_step, run_ranks_here, tiny_config, train, write_text
-
-Configure = Callable[..., RunConfig]
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_text(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture
-def config(tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> Configure:
-    """Makes a config of one rank from overrides; runs of it take place in this process."""
-    monkeypatch.setattr(cells, "run_ranks", run_ranks_here)
-    return lambda *overrides: tiny_config(tmp_path / "out", text, ONE_RANK, *overrides)
+from tests.tiny import Configure, before_recording, by_step, train
 
 
 def test_what_the_ranks_say_is_put_together(config: Configure, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from experiments.results import RunDir
 from moe.layer import NativeMoE
 from moe.mesh import Mesh
 from moe.system import LayerSpec, MoELayer, System
-from tests.tiny import ONE_RANK, TWO_RANKS, run_ranks_here, tiny, write_text
+from tests.tiny import ONE_RANK, TWO_RANKS, run_ranks_here, tiny
 
 COLUMNS = ["system", "implementation", "metric", "value", "low", "high", "unit", "status"]
 FIGURES = [f"{name}.{kind}" for name in ("loss", "throughput", "bytes", "stages") for kind in ("png", "pdf")]
@@ -41,11 +41,6 @@ class Fragile(System):
         if self.broken:
             raise ValueError("no such kernel")
         return NativeMoE(spec, mesh)
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_text(tmp_path_factory.mktemp("data"))
 
 
 Command = Callable[..., tuple[int, pd.DataFrame]]

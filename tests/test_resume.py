@@ -22,17 +22,12 @@ from experiments.cells import CellFailure, run_cells, run_dir_of
 from experiments.launch import RankFailure, run_ranks
 from experiments.results import RunDir, Status
 from tests.rank_models import runnable
-from tests.tiny import ONE_RANK, TWO_RANKS, by_step, repeatable, run_ranks_here, tiny, tiny_config, write_text
+from tests.tiny import ONE_RANK, TWO_RANKS, by_step, repeatable, run_ranks_here, tiny, tiny_config
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SYSTEMS = runnable()
 OTHERS = [name for name in ("reference", "deepspeed") if name in SYSTEMS]
 """Systems whose checkpoints flat goes on from: one that shards its experts otherwise, and one from upstream."""
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_text(tmp_path_factory.mktemp("data"))
 
 
 @contextmanager

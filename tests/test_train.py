@@ -9,12 +9,7 @@ import pytest
 
 from experiments import cells, train
 from experiments.launch import RankFailure
-from tests.tiny import ONE_RANK, run_ranks_here, tiny, write_text
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_text(tmp_path_factory.mktemp("data"))
+from tests.tiny import ONE_RANK, run_ranks_here, tiny
 
 
 def test_a_model_that_is_too_large_is_refused_with_its_estimate(

@@ -5,7 +5,6 @@ These runs have this process as their only rank (`tests.tiny`); real ranks are i
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,35 +14,18 @@ import pytest
 from experiments import callbacks, cells, strategy
 from experiments.callbacks import Recorder
 from experiments.cells import run_cells, run_dir_of
-from experiments.config import RunConfig
 from experiments.launch import RankFailure
 from experiments.module import LanguageModel
 from experiments.optimizer import lr_factor
 from experiments.ranks import STOP_FILE
 from tests.tiny import (
-    ONE_RANK,
+    Configure,
     before_recording,
     by_step,
     repeatable,
     run_ranks_here,
-    tiny_config,
     train,
-    write_text,
 )
-
-Configure = Callable[..., RunConfig]
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_text(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture
-def config(tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> Configure:
-    """Makes a config of one rank from overrides; runs of it take place in this process."""
-    monkeypatch.setattr(cells, "run_ranks", run_ranks_here)
-    return lambda *overrides: tiny_config(tmp_path / "out", text, ONE_RANK, *overrides)
 
 
 def test_every_metric_of_a_run(config: Configure) -> None:

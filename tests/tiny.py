@@ -27,6 +27,9 @@ from experiments.results import MetricRow, RunDir
 if TYPE_CHECKING:
     from experiments.callbacks import Recorder
 
+Configure = Callable[..., RunConfig]
+"""What the fixture `config` is: overrides to a config."""
+
 MODEL = [
     "model.vocab_size=300",
     "model.seq_len=16",
