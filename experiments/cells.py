@@ -65,17 +65,16 @@ def announce_and_check(configs: Sequence[RunConfig]) -> None:
 def is_current(config: RunConfig) -> bool:
     """Whether the run is done, and on the text that is there now, so that it need not run again."""
     # In this order: a rank that comes late, when rank 0 has made the folder anew, must find it incomplete.
-    return not _text_has_changed(config) and run_dir_of(config).is_complete
+    return not _text_has_changed(config, _tokens(config)) and run_dir_of(config).is_complete
 
 
 def _tokens(config: RunConfig) -> TokenSet:
     return prepare(config.data, config.model.vocab_size)
 
 
-def _text_has_changed(config: RunConfig) -> bool:
+def _text_has_changed(config: RunConfig, tokens: TokenSet) -> bool:
     """Whether the run's folder was made with other tokens; the run id knows only where the text lies."""
-    told = run_dir_of(config).read_manifest().get("text_sha256")
-    return told is not None and told != _tokens(config).fingerprint
+    return run_dir_of(config).read_manifest().get("text_sha256", tokens.fingerprint) != tokens.fingerprint
 
 
 def _expert_ranks(config: RunConfig) -> int | None:
@@ -137,22 +136,24 @@ def refusals_of(config: RunConfig) -> list[str]:
 
 def _must_run(config: RunConfig, overrides: Sequence[str]) -> bool:
     run_dir, main = run_dir_of(config), is_main_process()
+    # In every process: `is_current` builds the tokens, so that none waits in a collective for one that builds them.
     if is_current(config) and not config.force:
         if main:
             print(f"{run_dir.path} is complete (force=true runs it again)", flush=True)
         return False
-    text = _tokens(config).fingerprint  # in every process: what must be built first, none waits for in a collective
     reasons = refusals_of(config)
     if main:
-        if _text_has_changed(config):
+        tokens = _tokens(config)
+        changed = _text_has_changed(config, tokens)
+        if changed:
             print(f"{run_dir.path} was made with other text: it starts anew", flush=True)
-        if config.force or _text_has_changed(config):
+        if config.force or changed:
             shutil.rmtree(run_dir.path, ignore_errors=True)
         earlier = run_dir.read_manifest()
         run_dir.create(config.model_dump(mode="json"), overrides)
         told = provenance.manifest(run_id(config), config.seed, config.cluster.model_dump(mode="json"), started=now())
         system = registry.get(config.system.name)
-        more = {"system": system.name, "implementation": system.implementation, "text_sha256": text}
+        more = {"system": system.name, "implementation": system.implementation, "text_sha256": tokens.fingerprint}
         run_dir.write_manifest({**told, **more, "earlier_starts": _starts(earlier)})
         if reasons:
             run_dir.set_status("refused", " ".join(reasons))
