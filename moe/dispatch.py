@@ -155,4 +155,4 @@ class AllToAllDispatcher:
         if plan.expert_order is not None:
             rows_RM = _Permute.apply(rows_RM, plan.expert_inverse, plan.expert_order)
         copies_SM = all_to_all_v(rows_RM, plan.send_rows, plan.receive_rows, self.group)
-        return _WeightedSum.apply(copies_SM, weights_TK, plan.order, plan.inverse_TK)
+        return _WeightedSum.apply(copies_SM, weights_TK.contiguous(), plan.order, plan.inverse_TK)
