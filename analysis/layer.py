@@ -15,18 +15,20 @@ from matplotlib.patches import Patch
 
 from analysis.errors import ResultsError
 from analysis.files import write_text
+from analysis.kernels import write_kernels
 from analysis.load import Samples, load_samples
 from analysis.statistics import Interval, bootstrap_median, bootstrap_ratio, worst
 from analysis.style import GREY, PALE, STAGE_COLOURS, caption, new_figure, panel, save, shortened, suite_style
 from analysis.summary import BYTE_CLASSES, DIRECTIONS, STAGES
-from analysis.tables import binary_bytes, significant
+from analysis.tables import binary_bytes, markdown_row, significant
 
 COLUMNS = ["shape", "workload", "system", "implementation", "metric", "value", "low", "high", "unit", "status"]
 FIGURE = "stages"
 
 
 def write_layer(folder: Path, baseline: str) -> pd.DataFrame:
-    """Write summary.csv, summary.md and stages.{png,pdf} into the folder of a layer benchmark.
+    """Write summary.csv, summary.md, stages.{png,pdf} and, if kernels were profiled, kernels.csv into the folder of a
+    layer benchmark.
 
     Args:
         folder: holds samples.parquet.
@@ -48,6 +50,7 @@ def write_layer(folder: Path, baseline: str) -> pd.DataFrame:
     write_text(folder / "summary.csv", summary.to_csv(index=False))
     where = _where(samples)
     write_text(folder / "summary.md", f"# One MoE layer\n\n{where}\n\n{people_table(summary).to_markdown_text()}")
+    write_kernels(folder, samples)
     with suite_style():
         save(stages_figure(samples, summary, where), folder / FIGURE)
     return summary
@@ -112,8 +115,7 @@ class PeopleTable:
 
     def to_markdown_text(self) -> str:
         """A Markdown table."""
-        lines = [self.head, ["---"] * len(self.head), *self.rows]
-        return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+        return "\n".join(map(markdown_row, [self.head, ["---"] * len(self.head), *self.rows])) + "\n"
 
     def to_plain_text(self) -> str:
         """An aligned table for a terminal."""

@@ -40,7 +40,7 @@ class Run:
 
     Attributes:
         path: the folder.
-        system, implementation: which system, and `native`, `upstream` or `unknown` (nothing was written that says it).
+        system, implementation: the system's label (its name, where it was given none), and `native`, `upstream` or `unknown` (nothing was written that says it).
         seed: None when nothing says it.
         status: of status.json, or `missing` (no folder or no status), or `corrupt` (a file can't be read).
         reason: why it is not done, one line; empty for a done run.
@@ -177,19 +177,20 @@ def _identity(path: Path, footer: dict[str, Any], config: dict[str, Any], manife
     Raises:
         ResultsError: two files of the folder disagree, as after files were swapped.
     """
-    system_config = config.get("system")
+    system_config = config["system"] if isinstance(config.get("system"), dict) else {}
     name = _RUN_ID.match(path.name)
     sources: dict[str, dict[str, Any]] = {
         "metrics.parquet": footer,
         "manifest.json": manifest,
         "config.yaml": {
-            "system": system_config.get("name") if isinstance(system_config, dict) else None,
+            "system": system_config.get("name"),
+            "label": system_config.get("label"),
             "seed": config.get("seed"),
         },
         "the folder's name": {"system": name["system"], "seed": int(name["seed"]), "run_id": path.name} if name else {},
     }
     identity: dict[str, Any] = {}
-    for key in ("system", "seed", "implementation", "run_id"):
+    for key in ("system", "label", "seed", "implementation", "run_id"):
         said = {where: source[key] for where, source in sources.items() if source.get(key) is not None}
         if len(set(map(str, said.values()))) > 1:
             told = ", ".join(f"{where} says {value}" for where, value in said.items())
@@ -247,7 +248,7 @@ def load_run(path: Path, metrics: Collection[str] | None = None) -> Run:
     identity = _identity(path, footer, files["config.yaml"], files["manifest.json"])
     return Run(
         path=path,
-        system=str(identity["system"] or path.name),
+        system=str(identity["label"] or identity["system"] or path.name),
         implementation=str(identity["implementation"] or UNKNOWN),
         seed=identity["seed"],
         status=status,

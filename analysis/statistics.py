@@ -134,3 +134,27 @@ def worst(values: ArrayLike) -> Interval:
     """
     array = _checked(values)
     return Interval(float(array.max()), float(array.min()), float(array.max()))
+
+
+def bootstrap_mean_ratio(pairs: Sequence[tuple[ArrayLike, ArrayLike]]) -> Interval:
+    """Geometric mean of several ratios of medians, with its 95 % bootstrap interval.
+
+    Args:
+        pairs: (numerator, denominator) of each ratio, [n] values each, paired as in `bootstrap_ratio`; what was
+            measured apart, such as another shape, is resampled apart.
+
+    Raises:
+        ValueError: no pairs, or as `bootstrap_ratio`.
+    """
+    if not pairs:
+        raise ValueError("a mean needs at least one ratio")
+    checked = [(bootstrap_ratio(*pair).value, *map(_checked, pair)) for pair in pairs]
+    strata = [index for index, (_, top, _) in enumerate(checked) for _ in top]
+    indices = resampled_indices(len(strata), strata)
+    logs, start = np.zeros(len(indices)), 0
+    for _, top, bottom in checked:
+        own = indices[:, start : start + len(top)] - start
+        logs += np.log(np.median(top[own], axis=1) / np.median(bottom[own], axis=1))
+        start += len(top)
+    value = float(np.exp(np.mean([np.log(ratio) for ratio, _, _ in checked])))
+    return Interval(value, *_percentiles(np.exp(logs / len(checked))))

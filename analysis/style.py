@@ -26,6 +26,9 @@ from analysis.files import whole_file
 COLUMN_INCHES = 3.4
 """Width of one column of a two-column paper; figures are made at print size, so that a point is a point."""
 
+PAGE_INCHES = 7.0
+"""Width of both columns."""
+
 DPI = 200
 _CAPTION_POINTS = 5.2
 GREY = "#5f5f5f"
@@ -116,13 +119,15 @@ def suite_style() -> Iterator[None]:
         yield
 
 
-def new_figure(height_inches: float, **subplots: Any) -> tuple[Figure, list[Axes]]:
-    """A figure one column wide with a list of its panels; `subplots` goes to `Figure.subplots`.
+def new_figure(
+    height_inches: float, width_inches: float = COLUMN_INCHES, **subplots: Any
+) -> tuple[Figure, list[Axes]]:
+    """A figure with a list of its panels, row by row; `subplots` goes to `Figure.subplots`.
 
     Made without pyplot: no global list of figures, no display, and a notebook's backend stays as it is.
     """
     layout = ConstrainedLayoutEngine(w_pad=0.02, h_pad=0.03, hspace=0.06, wspace=0.05)
-    figure = Figure(figsize=(COLUMN_INCHES, height_inches), layout=layout)
+    figure = Figure(figsize=(width_inches, height_inches), layout=layout)
     FigureCanvasAgg(figure)
     return figure, list(figure.subplots(squeeze=False, **subplots).flat)
 

@@ -139,8 +139,8 @@ def to_markdown(summary: pd.DataFrame, caption: str, notes: list[str], figures: 
         figures: {file name: what it shows}.
     """
     table = people_table(summary)
-    lines = ["# Comparison", "", caption, "", _markdown_row(table.columns), _markdown_row(["---"] * len(table.columns))]
-    lines += [_markdown_row(row) for row in table.itertuples(index=False)]
+    lines = ["# Comparison", "", caption, "", markdown_row(table.columns), markdown_row(["---"] * len(table.columns))]
+    lines += [markdown_row(row) for row in table.itertuples(index=False)]
     problems = odd_rows(summary)
     if problems:
         lines += ["", "## Without numbers", "", *(f"- {_escaped(problem)}" for problem in problems)]
@@ -172,7 +172,8 @@ def _escaped(text: object) -> str:
     return str(text).replace("|", "\\|").replace("\n", " ")
 
 
-def _markdown_row(cells: Iterable[object]) -> str:
+def markdown_row(cells: Iterable[object]) -> str:
+    """A row of a Markdown table; what would break it is escaped."""
     return "| " + " | ".join(_escaped(cell) for cell in cells) + " |"
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments import provenance
-from experiments.config import AnyConfig, RunConfig, cluster_from, run_id
+from experiments.config import AnyConfig, LayerRunConfig, RunConfig, cluster_from, run_id
 from experiments.launch import RankFailure, is_main_process, run_ranks
 from experiments.results import RunDir, now, write_table
 from experiments.samples import SampleRow, footer_of
@@ -85,7 +85,9 @@ class BenchRun:
 
     def write_samples(self, rows: Sequence[Sequence[Any]], known: Collection[str] = ()) -> None:
         """Write samples.parquet, then say done, and what failed, other than the systems whose failure was `known`."""
-        footer = footer_of("measured", cluster_from(self.config.cluster), run_id=run_id(self.config))
+        shapes = self.config.shapes if isinstance(self.config, LayerRunConfig) else []
+        sizes = {"shapes": {shape.name: shape.model_dump(exclude={"name"}) for shape in shapes}} if shapes else {}
+        footer = footer_of("measured", cluster_from(self.config.cluster), run_id=run_id(self.config), **sizes)
         write_table(self.samples_path, SampleRow, rows, footer)
         told = [row for row in map(SampleRow._make, rows) if row.metric == "status"]
         failed = {row.system: row.part for row in told if not (row.part.startswith("refused") or row.system in known)}

@@ -297,7 +297,7 @@ class Progress:
         if style == "auto":
             style = "bar" if sys.stdout.isatty() else "lines"
         self.style, self.total = style, config.trainer.max_steps
-        self.label = f"{config.system.name} seed {config.seed}"
+        self.label = f"{config.system.label} seed {config.seed}"
         self.every = max(1, self.total // 10)
         self.write = write or (lambda line: print(line, flush=True))
         self.bar = (

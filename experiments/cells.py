@@ -51,7 +51,7 @@ def announce_and_check(configs: Sequence[RunConfig]) -> None:
         try:
             check_fits(config.model, config.trainer, config.cluster, available, _expert_ranks(config))
         except ConfigError as error:
-            problems += [replace(p, rule=f"under system {config.system.name} {p.rule}") for p in error.problems]
+            problems += [replace(p, rule=f"under system {config.system.label} {p.rule}") for p in error.problems]
         try:
             _check_start(config)
         except ConfigError as error:
@@ -153,11 +153,12 @@ def _must_run(config: RunConfig, overrides: Sequence[str]) -> bool:
         run_dir.create(config.model_dump(mode="json"), overrides)
         told = provenance.manifest(run_id(config), config.seed, config.cluster.model_dump(mode="json"), started=now())
         system = registry.get(config.system.name)
-        more = {"system": system.name, "implementation": system.implementation, "text_sha256": tokens.fingerprint}
-        run_dir.write_manifest({**told, **more, "earlier_starts": _starts(earlier)})
+        labels = {"system": system.name, "label": config.system.label, "implementation": system.implementation}
+        more = {"text_sha256": tokens.fingerprint, "earlier_starts": _starts(earlier)}
+        run_dir.write_manifest({**told, **labels, **more})
         if reasons:
             run_dir.set_status("refused", " ".join(reasons))
-            print(f"{config.system.name} refuses: {' '.join(reasons)}", flush=True)
+            print(f"{config.system.label} refuses: {' '.join(reasons)}", flush=True)
     return not reasons
 
 

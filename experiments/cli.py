@@ -26,6 +26,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from experiments.config import Kind, find_problems, load
+from experiments.experiment_files import GROUP, experiments_for, foreign_keys
 from experiments.launch import RankFailure, is_main_process
 from experiments.problems import did_you_mean
 from moe.errors import ConfigError, Problem, SuiteError
@@ -162,7 +163,7 @@ class _Checker:
                 rule = f"can't be read ({str(error).splitlines()[0]})"
                 problems.append(Problem(text.partition("=")[0], text.partition("=")[2], rule, "write key=value"))
                 continue
-            found = [*self._sweep_problems(override, multirun), *self._group_problems(override)]
+            found = [*self._sweep_problems(override, multirun), *self._group_problems(kind, override)]
             problems += found
             if not found:
                 axes.append(self._cells(override, text))
@@ -202,8 +203,8 @@ class _Checker:
             fix = "add -m to run each" + (f", or write {key}=[{value}] for a list" if could_be_list else "")
             yield Problem(key, value, "is several values, and this is one run", fix)
 
-    def _group_problems(self, override: Override) -> Iterator[Problem]:
-        """A choice that its group does not have, or a group that this entry point does not take."""
+    def _group_problems(self, kind: Kind, override: Override) -> Iterator[Problem]:
+        """A choice that its group does not have, or a group or an experiment that this entry point does not take."""
         group = override.key_or_group
         if not self._is_group(group) or override.type is OverrideType.DEL:
             return
@@ -222,6 +223,18 @@ class _Checker:
                 fix = did_you_mean(str(shown), options, f"choices of {group}")
                 yield Problem(group, shown, f"there is no conf/{group}/{shown}.yaml", fix)
                 self.bad_groups.add(group)
+            elif group == GROUP and choice is not None:
+                yield from self._experiment_problems(kind, str(choice))
+
+    def _experiment_problems(self, kind: Kind, choice: str) -> Iterator[Problem]:
+        """An experiment of another entry point, which Hydra would fail on with a key amid its file."""
+        folders = [*([Path(self.extra_folder)] if self.extra_folder else []), CONF]
+        path = next(path for folder in folders if (path := folder / GROUP / f"{choice}.yaml").is_file())
+        if keys := foreign_keys(path, kind):
+            rule = f"is for another entry point: experiments.{kind} has no {', '.join(keys)}"
+            mine = sorted({name for folder in folders for name in experiments_for(kind, folder)})
+            yield Problem(GROUP, choice, rule, f"the experiments of experiments.{kind} are {', '.join(mine)}")
+            self.bad_groups.add(GROUP)
 
     def _cell_problems(self, kind: Kind, overrides: list[str]) -> list[Problem]:
         """Problems of one run.

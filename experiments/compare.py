@@ -29,14 +29,14 @@ def main(config: CompareConfig, overrides: list[str]) -> None:
     stale = [run for run in runs if not is_current(run)]
     failures = run_cells(runs, overrides)
     trained_now = any(is_current(run) for run in stale)
-    failed = {failure.config.system.name: str(failure.error) for failure in failures}
+    failed = {failure.config.system.label: str(failure.error) for failure in failures}
     timed = _time(config, overrides, failed, trained_now)
     if not is_main_process():
         return
     out_dir, timing_dir = Path(config.output_dir) / "compare", BenchRun(config, overrides).dir.path
     run_dirs = [run_dir_of(run).path for run in runs]
     try:
-        table = write(out_dir, run_dirs, timing_dir if timed else None, baseline=config.systems[0].name)
+        table = write(out_dir, run_dirs, timing_dir if timed else None, baseline=config.systems[0].label)
     except ResultsError as error:
         raise SuiteError(str(error)) from error
     print(

@@ -40,7 +40,7 @@ def time_training(payload: dict[str, Any], info: RankInfo) -> list[list[Any]] | 
     """Time every system under every seed, in this rank.
 
     Args:
-        payload: `config`: of the comparison; `failed`: systems that failed to train, by name, and how: not timed,
+        payload: `config`: of the comparison; `failed`: systems that failed to train, by label, and how: not timed,
             because what fails may take the ranks down with it.
         info: of this rank.
 
@@ -56,23 +56,23 @@ def time_training(payload: dict[str, Any], info: RankInfo) -> list[list[Any]] | 
         runs = [run for run in config.runs() if run.seed == seed]
         rows += _time_seed(runs, config, mesh, payload["failed"])
         if info.rank == 0:
-            print(f"timed in turn, seed {seed}: {', '.join(run.system.name for run in runs)}", flush=True)
+            print(f"timed in turn, seed {seed}: {', '.join(run.system.label for run in runs)}", flush=True)
     return rows
 
 
 def _time_seed(runs: list[RunConfig], config: CompareConfig, mesh: Mesh, failed: dict[str, str]) -> list[list[Any]]:
     writers, trainees = [], []
     expected: Observed | None = None
-    for run in sorted(runs, key=lambda run: run.system.name != "reference"):  # the oracle first: the others need it
-        system = registry.create(run.system.name, run.system.options)
+    for run in sorted(runs, key=lambda run: run.system.label != "reference"):  # the oracle first: the others need it
+        system, label = registry.create(run.system.name, run.system.options), run.system.label
         spec = layer_spec(run.model, 0, run.seed, DTYPES[run.trainer.precision])
-        writer = SampleWriter(system.name, system.implementation, run.model.name, "training", run.seed)
+        writer = SampleWriter(label, system.implementation, run.model.name, "training", run.seed)
         reasons = system.refusals(spec, mesh.cluster)
         observed = trainee = None
         if reasons:
             failure: tuple[str, str] | None = ("refused", " ".join(reasons))
-        elif system.name in failed:
-            failure = ("failed", f"not timed, because it failed to train: {failed[system.name]}")
+        elif label in failed:
+            failure = ("failed", f"not timed, because it failed to train: {failed[label]}")
         else:
             observed, failure = attempt(functools.partial(_observe_layer, run, spec, mesh))
             if failure is None:
@@ -83,7 +83,7 @@ def _time_seed(runs: list[RunConfig], config: CompareConfig, mesh: Mesh, failed:
             writer.add_status(*failure)
         elif trainee is not None and observed is not None:
             trainees.append(trainee)
-            if system.name == "reference":
+            if label == "reference":
                 expected = observed
             elif expected is not None:
                 _add_errors(writer, observed, expected, mesh)
@@ -142,7 +142,7 @@ def _add_observations(trainee: Trainee, config: CompareConfig, mesh: Mesh) -> No
     total = over_ranks(torch.stack(dropped).sum().double().view(1), dist.ReduceOp.SUM, device)
     writer.add("dropped_copies", total.tolist(), "copies/step")
     writer.add("tokens", [config.trainer.global_batch_size * config.model.seq_len], "tokens/step")
-    peak = torch.tensor([float(peak_memory_bytes(trainee.step, device))], dtype=torch.float64)
+    peak = torch.tensor([float(peak_memory_bytes(trainee.step, device, trainee.gpt.moe_layers))], dtype=torch.float64)
     writer.add("peak_memory", over_ranks(peak, dist.ReduceOp.MAX, device).tolist(), "B")
     for part, seconds in stage_rounds(trainee.step, trainee.gpt.moe_layers, STAGE_ROUNDS, device).items():
         writer.add("stage_time", seconds, "s", part)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
 from pydantic import BaseModel, ValidationError
@@ -62,6 +62,7 @@ __all__ = [
     "run_id",
 ]
 
+LABEL_LENGTH = 40
 COSMETIC = ("force", "output_dir", "trainer.progress", "trainer.timeout_s", "data.cache_dir", "write_to")
 """Keys that change no number of a run, and so not its id."""
 
@@ -83,7 +84,7 @@ def find_problems(kind: Kind, mapping: Mapping[str, Any], fields_only: bool = Fa
         values = Values(mapping, {problem.key for problem in found})
         found += rules_of(kind, values)
         for key, system in _systems(mapping):
-            found += _system_problems(key, system)
+            found += [*_label_problems(key, system), *_system_problems(key, system)]
         found += _data_problems(mapping, values)
     order = list(schema.model_fields)
     return sorted(found, key=lambda problem: _position(problem.key.split(".")[0], order))
@@ -156,6 +157,20 @@ def _systems(mapping: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
     return [(key, item) for key, item in named if isinstance(item, Mapping) and isinstance(item.get("name"), str)]
 
 
+def _label_problems(key: str, system: Mapping[str, Any]) -> Iterator[Problem]:
+    """A label that would break a table or a path, or that a reader would take for another system."""
+    label, name = system.get("label", system["name"]), system["name"]
+    if label == name or not isinstance(label, str):
+        return
+    fits = 1 <= len(label) <= LABEL_LENGTH and label == label.strip() and label.isprintable()
+    if not fits or {*"/\\"} & {*label}:
+        rule = f"must be 1 to {LABEL_LENGTH} characters, no path separator or line break, no blank at either end"
+        yield Problem(f"{key}.label", repr(label), rule, f"shorten it or leave it out, for example label: {name} 2")
+    elif label in registry.discover():
+        rule = f"is the name of another system, and this one is {name}"
+        yield Problem(f"{key}.label", label, rule, f"choose another, for example {name} {label}")
+
+
 def _system_problems(key: str, system: Mapping[str, Any]) -> list[Problem]:
     """An unknown name, or options that the system does not have or that have a wrong value."""
     name = system["name"]
@@ -163,7 +178,7 @@ def _system_problems(key: str, system: Mapping[str, Any]) -> list[Problem]:
         schema = registry.get(name, f"{key}.name").Options
     except ConfigError as error:
         return error.problems
-    given = {option: value for option, value in system.items() if option != "name"}
+    given = {option: value for option, value in system.items() if option not in SystemConfig.model_fields}
     unknown = [option for option in given if option not in schema.model_fields]
     found = [
         Problem(f"{key}.{option}", given[option], f"the system {name} has no such option", _option_fix(option, schema))
@@ -206,4 +221,4 @@ def _settled(config: AnyConfig) -> AnyConfig:
 
 def _with_defaults(system: SystemConfig) -> SystemConfig:
     options = registry.get(system.name).Options.model_validate(system.options)
-    return SystemConfig(name=system.name, **options.model_dump(mode="json"))
+    return SystemConfig(name=system.name, label=system.label, **options.model_dump(mode="json"))

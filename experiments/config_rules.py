@@ -82,7 +82,7 @@ def rules_of(kind: str, values: Values) -> list[Problem]:
     if kind in ("train", "compare"):
         found += [*_model(values), *_trainer(values)]
     if kind in ("layer", "compare"):
-        found += _no_repeats(values, "systems")
+        found += _one_label_each(values)
     if kind == "compare":
         found += _no_repeats(values, "seeds")
     if kind == "layer":
@@ -177,11 +177,23 @@ def _no_repeats(values: Values, key: str) -> Iterator[Problem]:
     seen: list[Any] = []
     for index in range(values.length(key)):
         item = values.raw(f"{key}.{index}")
-        if key == "systems" and isinstance(item, Mapping):
-            item = item.get("name")  # results carry the name alone, so two variants of one system can't share a table
         if item in seen:
             yield Problem(f"{key}.{index}", item, f"stands in {key} already", "remove it")
         seen.append(item)
+
+
+def _one_label_each(values: Values) -> Iterator[Problem]:
+    """Results carry the label alone, so that two variants under one label would share their rows."""
+    seen: list[Any] = []
+    for index in range(values.length("systems")):
+        item = values.raw(f"systems.{index}")
+        given = item if isinstance(item, Mapping) else {"name": item}
+        name, key = given.get("name"), f"systems.{index}" + ".label" * ("label" in given)
+        label = given.get("label", name)
+        if label in seen:
+            fix = f"remove it, or give a label of its own: {{name: {name}, label: {name} 2, option: value}}"
+            yield Problem(key, label, "stands in systems already", fix)
+        seen.append(label)
 
 
 def _cluster(values: Values) -> Iterator[Problem]:

@@ -28,7 +28,7 @@ def main(config: LayerRunConfig, overrides: list[str]) -> None:
             run.write_samples(rows)
     if is_main_process():
         try:
-            table = write_layer(run.dir.path, baseline=config.systems[0].name)
+            table = write_layer(run.dir.path, baseline=config.systems[0].label)
         except ResultsError as error:
             raise SuiteError(str(error)) from error
         print(f"{format_table(table)}results: {run.dir.path}", flush=True)

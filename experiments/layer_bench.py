@@ -14,6 +14,7 @@ from experiments import registry
 from experiments.attempt import attempt, stop_agreed
 from experiments.config import LayerRunConfig, LayerShape, WorkloadConfig, cluster_from, load
 from experiments.floor import floor_step
+from experiments.kernel_profile import add_kernels
 from experiments.model import DTYPES
 from experiments.ranks import RankInfo
 from experiments.samples import SampleRow, SampleWriter
@@ -31,7 +32,7 @@ from moe.system import LayerSpec, MoELayer, System
 from moe.weights import load_layer
 from moe.workload import Workload, expert_ids, gate_for, tokens_for
 
-FLOOR = "floor"  # takes turns with the systems
+FLOOR = ""  # takes turns with the systems, whose labels are never empty
 STAGE_ROUNDS = 5
 CHECKED_TOKENS = 1024
 """Tokens a rank at which systems are compared with the oracle, which computes all experts on all of them."""
@@ -46,6 +47,7 @@ class Case:
         spec: of the layer.
         ids_TK: the experts that this rank's tokens choose, on the CPU.
         x_TM: this rank's tokens.
+        grad_TM: gradient of their outputs.
         gate_EM: the gate's matrix, which with `x_TM` makes the workload's routing.
         seed: of all.
     """
@@ -55,6 +57,7 @@ class Case:
     spec: LayerSpec
     ids_TK: Tensor
     x_TM: Tensor
+    grad_TM: Tensor
     gate_EM: Tensor
     seed: int
 
@@ -81,7 +84,7 @@ def measure(payload: dict[str, Any], info: RankInfo) -> list[list[Any]] | None:
     config = load("layer", payload["config"])
     assert isinstance(config, LayerRunConfig)
     mesh = create_mesh(cluster_from(config.cluster), info.device)
-    systems = {s.name: registry.create(s.name, s.options) for s in config.systems}
+    systems = {s.label: registry.create(s.name, s.options) for s in config.systems}
     rows: list[list[Any]] = []
     for shape in config.shapes:
         if stop_agreed(info):
@@ -92,6 +95,11 @@ def measure(payload: dict[str, Any], info: RankInfo) -> list[list[Any]] | None:
         )
         if info.rank == 0:
             print(f"layer {shape.name}: measured {', '.join(systems)}", flush=True)
+    # After all timed rounds: a CUDA profiler that once was on may slow every launch of its process.
+    for shape in config.shapes if config.profile else []:
+        if stop_agreed(info):
+            return None
+        rows += map(list, profile_case(build_case(config, shape, mesh), systems, mesh))
     return rows
 
 
@@ -112,7 +120,9 @@ def build_case(config: LayerRunConfig, shape: LayerShape, mesh: Mesh) -> Case:
     ids_TK = expert_ids(drawn, shape.tokens_per_rank, shape.num_experts, shape.top_k, config.seed, mesh.rank)
     x_TM = tokens_for(ids_TK, shape.model_dim, shape.num_experts, config.seed, mesh.rank, dtype, mesh.device)
     gate_EM = gate_for(shape.num_experts, shape.model_dim, mesh.device)
-    return Case(shape.name, workload_name(config.workload), spec, ids_TK, x_TM, gate_EM, config.seed)
+    grad_TM = torch.randn(x_TM.shape, generator=torch.Generator().manual_seed(config.seed + mesh.rank))
+    grad_TM = grad_TM.to(mesh.device, dtype)
+    return Case(shape.name, workload_name(config.workload), spec, ids_TK, x_TM, grad_TM, gate_EM, config.seed)
 
 
 def workload_name(workload: WorkloadConfig) -> str:
@@ -140,13 +150,11 @@ def measure_case(
     expected, failure = attempt(lambda: _expected(case, mesh)) if check else (None, None)
     if failure is not None and mesh.rank == 0:
         print(f"layer {case.shape}: nothing is compared with the reference, which {': '.join(failure)}", flush=True)
-    grad_TM = torch.randn(case.x_TM.shape, generator=torch.Generator().manual_seed(case.seed + mesh.rank))
-    grad_TM = grad_TM.to(mesh.device, case.spec.dtype)
     candidates: list[Candidate] = []
     rows: list[SampleRow] = []
     for name, system in systems.items():
         writer = SampleWriter(name, system.implementation, case.shape, case.workload, case.seed)
-        candidate, failure = _prepare(case, system, mesh, grad_TM, writer, expected)
+        candidate, failure = _prepare(case, system, mesh, writer, expected)
         if candidate is not None:
             candidates.append(candidate)
         elif failure is not None:
@@ -162,8 +170,29 @@ def measure_case(
     return rows
 
 
+def profile_case(case: Case, systems: dict[str, System], mesh: Mesh) -> list[SampleRow]:
+    """Which kernels a step of every system runs on one case (see `experiments.kernel_profile`). Collective.
+
+    Args:
+        case: what to compute.
+        systems: by the name that results carry; one that can't run is left out, `measure_case` has said why.
+        mesh: of the run.
+
+    Returns:
+        Sample rows, the same on every rank.
+    """
+    rows: list[SampleRow] = []
+    for name, system in systems.items():
+        writer = SampleWriter(name, system.implementation, case.shape, case.workload, case.seed)
+        candidate, _ = _prepare(case, system, mesh, writer, expected=None)
+        if candidate is not None:
+            add_kernels(writer, candidate.step, mesh)
+            rows += writer.rows
+    return rows
+
+
 def _prepare(
-    case: Case, system: System, mesh: Mesh, grad_TM: Tensor, writer: SampleWriter, expected: Observed | None
+    case: Case, system: System, mesh: Mesh, writer: SampleWriter, expected: Observed | None
 ) -> tuple[Candidate | None, tuple[str, str] | None]:
     """A candidate that has taken one step, its errors already written; or (status, reason). Collective."""
     if reasons := system.refusals(case.spec, mesh.cluster):
@@ -175,7 +204,7 @@ def _prepare(
 
     def step() -> None:
         output = layer(x_TM)
-        torch.autograd.backward([output.y_TM, output.aux_loss], [grad_TM, None])
+        torch.autograd.backward([output.y_TM, output.aux_loss], [case.grad_TM, None])
         x_TM.grad = None  # at the end, so that a step frees what it allocated: see `peak_memory_bytes`
         for parameter in layer.parameters():
             parameter.grad = None
@@ -218,7 +247,7 @@ def _observe(candidate: Candidate, case: Case, mesh: Mesh) -> None:
     total = over_ranks(dropped[0].double().view(1), dist.ReduceOp.SUM, device)
     writer.add("dropped_copies", total.tolist(), "copies/step")
     writer.add("tokens", [len(case.x_TM) * mesh.world_size], "tokens/step")
-    peak = torch.tensor([float(peak_memory_bytes(candidate.step, device))], dtype=torch.float64)
+    peak = torch.tensor([float(peak_memory_bytes(candidate.step, device, [candidate.layer]))], dtype=torch.float64)
     writer.add("peak_memory", over_ranks(peak, dist.ReduceOp.MAX, device).tolist(), "B")
     for part, seconds in stage_rounds(candidate.step, [candidate.layer], STAGE_ROUNDS, device).items():
         writer.add("stage_time", seconds, "s", part)

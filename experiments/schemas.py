@@ -5,6 +5,7 @@ Values have no second home: conf/ gives them all, and a default here is only for
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -18,15 +19,21 @@ Precision = Literal["auto", "fp32", "bf16"]
 
 
 class SystemConfig(BaseModel):
-    """conf/system: a name and the options of that system, which its own `Options` validates."""
+    """conf/system: a name and the options of that system, which its own `Options` validates.
+
+    Two variants of one system stand in one comparison under different labels: what results call each of them.
+    """
 
     model_config = ConfigDict(extra="allow", strict=True, frozen=True)
     name: str = Field(min_length=1, examples=["flat"])
+    label: str = Field(default="", examples=["tutel 2DH"], description="in results; without one, the name")
 
     @model_validator(mode="before")
     @classmethod
     def _from_name(cls, value: Any) -> Any:
-        return {"name": value} if isinstance(value, str) else value
+        given = {"name": value} if isinstance(value, str) else value
+        named = isinstance(given, Mapping) and isinstance(given.get("name"), str)
+        return {"label": given["name"], **given} if named else given
 
     @property
     def options(self) -> dict[str, Any]:
@@ -148,6 +155,7 @@ class LayerRunConfig(BaseModel):
     rounds: int = Field(ge=1, examples=[20])
     warmup: int = Field(ge=0, examples=[3])
     check: bool = True
+    profile: bool = False
     seed: int = Field(ge=0, examples=[0])
     force: bool = False
     output_dir: str = Field(default="outputs", min_length=1)

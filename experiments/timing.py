@@ -5,10 +5,12 @@ Also what is read once per candidate beside its time: peak memory, and the error
 
 from __future__ import annotations
 
+import gc
 import math
 import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -87,20 +89,50 @@ def stage_rounds(step: Step, layers: list[MoELayer], rounds: int, device: torch.
     return {name: worst[index].tolist() for index, name in enumerate(names)}
 
 
-def peak_memory_bytes(step: Step, device: torch.device) -> int:
-    """Most memory that one step held above what was there before it, in bytes.
+def peak_memory_bytes(step: Step, device: torch.device, layers: Sequence[MoELayer] = ()) -> int:
+    """Most memory that one step held above what was there before it, in bytes, and what its layers keep elsewhere.
 
     From the CUDA allocator on a GPU; on a CPU from the allocations and frees that torch's profiler sees, exact but for
     a message that gloo's threads may hold a moment longer. The profiler does not see frees of what was there before: a
     step must not count on them.
+
+    Args:
+        step: what to do once.
+        device: where it allocates.
+        layers: of one shape; the largest `workspace_bytes` of them counts too, since they share it.
     """
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        step()
-        torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
+    with _nothing_collected():
+        peak = _cuda_peak_bytes(step, device) if device.type == "cuda" else _cpu_peak_bytes(step)
+    return peak + max((layer.workspace_bytes for layer in layers), default=0)
+
+
+@contextmanager
+def _nothing_collected() -> Iterator[None]:
+    """Collect what is unreachable, then nothing until the end.
+
+    A step whose autograd graph sits in a reference cycle leaves its memory to Python's collector. Left from the step
+    before, it would count as there before this one; collected amid this one, it would make room that others don't have.
+    """
+    enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _cuda_peak_bytes(step: Step, device: torch.device) -> int:
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    step()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def _cpu_peak_bytes(step: Step) -> int:
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True, acc_events=True) as profile:
         step()

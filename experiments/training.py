@@ -84,6 +84,7 @@ def train_one(config: RunConfig, run_dir: RunDir, mesh: Mesh, info: RankInfo) ->
         mesh.cluster,
         run_id=run_id(config),
         system=system.name,
+        label=config.system.label,
         implementation=system.implementation,
         seed=config.seed,
     )

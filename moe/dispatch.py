@@ -6,6 +6,7 @@ S copies this rank sends, R copies it receives.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,6 +73,8 @@ class DispatchPlan:
         send_rows, receive_rows: copies to and from each rank of the group.
         expert_order, expert_inverse: [R] int64, arrival order -> expert-major order and back; None when they agree.
         expert_rows: copies for each of this rank's L experts.
+        expert_ends: [L] int32, the row behind each expert's last.
+        row_weights: None: `combine` applies the weights.
     """
 
     order: Tensor
@@ -81,9 +84,49 @@ class DispatchPlan:
     expert_order: Tensor | None
     expert_inverse: Tensor | None
     expert_rows: list[int]
+    expert_ends: Tensor
+    row_weights: None = None
 
 
-class AllToAllDispatcher:
+class Dispatcher(ABC):
+    """Brings tokens to their experts and the experts' rows back; what a method replaces to send them another way.
+
+    Its plan, made by `dispatch` for `combine`, tells the experts their rows: `expert_rows`, `expert_ends` and
+    `row_weights` as in `DispatchPlan`.
+    """
+
+    @abstractmethod
+    def dispatch(self, x_TM: Tensor, routing: Routing) -> tuple[Tensor, Any]:
+        """Send every kept copy to its expert's rank. Collective.
+
+        Args:
+            x_TM: [T, M] tokens.
+            routing: of these tokens.
+
+        Returns:
+            rows [R, M] sorted by local expert, and the plan that the experts and `combine` need.
+        """
+
+    @abstractmethod
+    def combine(self, rows_RM: Tensor, plan: Any, weights_TK: Tensor) -> Tensor:
+        """Send the experts' rows back and sum each token's K of them, weighted. Collective.
+
+        Args:
+            rows_RM: [R, M], in the order that `dispatch` gave, multiplied by the plan's `row_weights` if it has any.
+            plan: what `dispatch` gave.
+            weights_TK: [T, K], for plans without `row_weights`.
+
+        Returns:
+            [T, M], in the dtype of the rows.
+        """
+
+    @property
+    def workspace_bytes(self) -> int:
+        """As `MoELayer.workspace_bytes`."""
+        return 0
+
+
+class AllToAllDispatcher(Dispatcher):
     """Dispatch and combine by all-to-all-v, what Megatron-LM's `alltoall` token dispatcher does.
 
     Args:
@@ -111,9 +154,10 @@ class AllToAllDispatcher:
         receive_PL = arriving_PL.view(self.num_ranks, self.num_local).tolist()
         expert_order = expert_inverse = None
         if self.num_local > 1 and self.num_ranks > 1:
+            num_rows = sum(map(sum, receive_PL))
             local_expert = torch.arange(self.num_local, device=chosen.device).repeat(self.num_ranks)
-            expert_order = torch.argsort(local_expert.repeat_interleave(arriving_PL), stable=True)
-            expert_inverse = ops.inverse_of(expert_order, len(expert_order))
+            arriving = local_expert.repeat_interleave(arriving_PL, output_size=num_rows)
+            expert_order, expert_inverse = ops.sort_by_expert(arriving, self.num_local, num_rows)
         return DispatchPlan(
             order,
             inverse.view_as(routing.expert_ids_TK),
@@ -122,18 +166,11 @@ class AllToAllDispatcher:
             expert_order,
             expert_inverse,
             [sum(column) for column in zip(*receive_PL, strict=True)],
+            arriving_PL.view(self.num_ranks, -1).sum(0).cumsum(0, dtype=torch.int32),
         )
 
     def dispatch(self, x_TM: Tensor, routing: Routing) -> tuple[Tensor, DispatchPlan]:
-        """Send every kept copy to its expert's rank. Collective.
-
-        Args:
-            x_TM: [T, M] tokens.
-            routing: of these tokens.
-
-        Returns:
-            rows [R, M] sorted by local expert, and the plan that `combine` needs.
-        """
+        """As `Dispatcher.dispatch`."""
         plan = self.plan(routing)
         copies_SM = _Expand.apply(x_TM, plan.order, plan.inverse_TK)
         rows_RM = all_to_all_v(copies_SM, plan.receive_rows, plan.send_rows, self.group)
@@ -142,16 +179,7 @@ class AllToAllDispatcher:
         return rows_RM, plan
 
     def combine(self, rows_RM: Tensor, plan: DispatchPlan, weights_TK: Tensor) -> Tensor:
-        """Send the experts' rows back and sum each token's K of them, weighted. Collective.
-
-        Args:
-            rows_RM: [R, M], in the order that `dispatch` gave.
-            plan: what `dispatch` gave.
-            weights_TK: [T, K].
-
-        Returns:
-            [T, M], in the dtype of the rows.
-        """
+        """As `Dispatcher.combine`."""
         if plan.expert_order is not None:
             rows_RM = _Permute.apply(rows_RM, plan.expert_inverse, plan.expert_order)
         copies_SM = all_to_all_v(rows_RM, plan.send_rows, plan.receive_rows, self.group)

@@ -79,23 +79,33 @@ class GroupedExperts(nn.Module):
         self.experts = experts
         self.w_in, self.w_out = _matrices(spec, len(experts), device=device)
 
-    def forward(self, rows_RM: Tensor, expert_rows: list[int]) -> Tensor:
+    def forward(
+        self,
+        rows_RM: Tensor,
+        expert_rows: list[int],
+        expert_ends: Tensor | None = None,
+        row_weights_R: Tensor | None = None,
+    ) -> Tensor:
         """Run each expert on its rows.
 
         Args:
             rows_RM: [R, M], sorted by local expert.
             expert_rows: rows of each expert; zeros allowed; they sum to R.
+            expert_ends: [L] int32 on the rows' device, the row behind each expert's last, where it is known already.
+            row_weights_R: [R] float32, differentiable: what each output row is multiplied by; None for ones.
 
         Returns:
             [R, M], same order and dtype.
         """
         w_in, w_out = self.w_in.to(rows_RM.dtype), self.w_out.to(rows_RM.dtype)
         if ops.is_fast(rows_RM) and rows_RM.dtype == torch.bfloat16 and len(rows_RM):
-            ends = torch.tensor(expert_rows, device=rows_RM.device).cumsum(0, dtype=torch.int32)
-            return _GroupedFFN.apply(rows_RM, w_in, w_out, ends, self.activation == "swiglu")
-        return feed_forward(
+            if expert_ends is None:
+                expert_ends = torch.tensor(expert_rows, device=rows_RM.device).cumsum(0, dtype=torch.int32)
+            return _GroupedFFN.apply(rows_RM, w_in, w_out, row_weights_R, expert_ends, self.activation == "swiglu")
+        y_RM = feed_forward(
             rows_RM, w_in, w_out, self.activation, lambda rows, weight: _GroupedLinear.apply(rows, weight, expert_rows)
         )
+        return y_RM if row_weights_R is None else y_RM * row_weights_R.unsqueeze(1).to(y_RM.dtype)
 
     def views(self) -> list[ExpertView]:
         """Canonical views, one per expert and matrix."""
@@ -106,28 +116,40 @@ class GroupedExperts(nn.Module):
 
 class _GroupedFFN(torch.autograd.Function):
     """All experts' networks on a GPU. Keeps the rows and the hidden values; the activation is computed anew backward,
-    in the pass that computes its gradient, which overwrites what was kept."""
+    in the pass that computes its gradient, which overwrites what was kept.
+
+    A row's weight multiplies its activation, so that the gradient of the weight is a product of what is there anyway:
+    w_out^T g and the activation (as in SonicMoE, Guo et al. 2025), and the outputs need not be kept.
+    """
 
     @staticmethod
-    def forward(ctx: Any, rows_RM: Tensor, w_in: Tensor, w_out: Tensor, ends_L: Tensor, swiglu: bool) -> Tensor:
+    def forward(
+        ctx: Any,
+        rows_RM: Tensor,
+        w_in: Tensor,
+        w_out: Tensor,
+        row_weights_R: Tensor | None,
+        ends_L: Tensor,
+        swiglu: bool,
+    ) -> Tensor:
         hidden = F.grouped_mm(rows_RM, w_in.mT, offs=ends_L)
-        ctx.save_for_backward(rows_RM, w_in, w_out, ends_L, hidden)
+        ctx.save_for_backward(rows_RM, w_in, w_out, row_weights_R, ends_L, hidden)
         ctx.swiglu, ctx.spent = swiglu, False
-        return F.grouped_mm(ops.kernels().activate(hidden, swiglu), w_out.mT, offs=ends_L)
+        return F.grouped_mm(ops.kernels().activate(hidden, swiglu, row_weights_R), w_out.mT, offs=ends_L)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None, None, None]:
         if ctx.spent:
             raise RuntimeError("a second backward through the same forward: its hidden values were overwritten")
         ctx.spent = True
-        rows_RM, w_in, w_out, ends_L, hidden = ctx.saved_tensors
+        rows_RM, w_in, w_out, row_weights_R, ends_L, hidden = ctx.saved_tensors
         grad_RM = grads[0].contiguous()
         activation = F.grouped_mm(grad_RM, w_out, offs=ends_L)
-        ops.kernels().activate_backward_(hidden, activation, ctx.swiglu)
+        grad_weights_R = ops.kernels().activate_backward_(hidden, activation, ctx.swiglu, row_weights_R)
         grad_out = F.grouped_mm(grad_RM.t(), activation, offs=ends_L)
         del activation
         grad_rows = F.grouped_mm(hidden, w_in, offs=ends_L)
-        return grad_rows, F.grouped_mm(hidden.t(), rows_RM, offs=ends_L), grad_out, None, None
+        return grad_rows, F.grouped_mm(hidden.t(), rows_RM, offs=ends_L), grad_out, grad_weights_R, None, None
 
 
 class _GroupedLinear(torch.autograd.Function):

@@ -33,6 +33,11 @@ class Routing(NamedTuple):
     counts_E: Tensor
     aux_loss: Tensor
 
+    @property
+    def num_dropped(self) -> Tensor:
+        """Copies that are dropped, scalar int64."""
+        return self.counts_E.new_zeros(()) if self.kept_TK is None else (~self.kept_TK).sum()
+
 
 def balance_loss(probs_TE: Tensor, expert_ids_TK: Tensor) -> Tensor:
     """E * sum_e f_e * p_e, with p_e the mean probability of e and f_e the share of choices that e got.
@@ -77,29 +82,34 @@ def queue_positions(expert_ids_TK: Tensor, num_experts: int) -> Tensor:
 
 
 class _Route(torch.autograd.Function):
-    """Probabilities [T, E], ids [T, K] and weights [T, K] of `kernels.route`, from tokens and the gate's matrix.
+    """What `kernels.route` computes, from tokens and the gate's matrix: probabilities [T, E], ids [T, K], weights
+    [T, K], counts [E] and the balance loss.
 
     In bfloat16 the tokens are exact and the matrix is cut into three bfloat16 ones, so that one product on tensor cores
     gives float32 logits without a float32 copy of the tokens.
     """
 
     @staticmethod
-    def forward(ctx: Any, x_TM: Tensor, weight_EM: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(ctx: Any, x_TM: Tensor, weight_EM: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         fast = ops.kernels()
         parts = fast.split_bf16(weight_EM) if x_TM.dtype == torch.bfloat16 else weight_EM.to(x_TM.dtype)
-        probs_TE, ids_TK, weights_TK = fast.route(_product(x_TM, parts.t()), len(weight_EM), top_k)
-        ctx.save_for_backward(x_TM, parts, probs_TE, ids_TK)
-        ctx.mark_non_differentiable(ids_TK)
+        probs_TE, ids_TK, weights_TK, counts_E, aux_loss, shares_E = fast.route(
+            _product(x_TM, parts.t()), len(weight_EM), top_k
+        )
+        ctx.save_for_backward(x_TM, parts, probs_TE, ids_TK, shares_E)
+        ctx.mark_non_differentiable(ids_TK, counts_E)
         ctx.set_materialize_grads(False)
-        return probs_TE, ids_TK, weights_TK
+        return probs_TE, ids_TK, weights_TK, counts_E, aux_loss
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor, Tensor, None]:
-        x_TM, parts, probs_TE, ids_TK = ctx.saved_tensors
-        grad_probs, _, grad_weights = grads
+        x_TM, parts, probs_TE, ids_TK, shares_E = ctx.saved_tensors
+        grad_probs, _, grad_weights, _, grad_aux = grads
         if grad_weights is None:
             grad_weights = torch.zeros(ids_TK.shape, device=probs_TE.device)
-        grad_logits = ops.kernels().route_backward(probs_TE, ids_TK, grad_weights, grad_probs, x_TM.dtype)
+        grad_logits = ops.kernels().route_backward(
+            probs_TE, ids_TK, shares_E, grad_weights, grad_probs, grad_aux, x_TM.dtype
+        )
         num_experts = probs_TE.shape[1]
         grad_weight = _product(grad_logits.t(), x_TM).view(-1, num_experts, x_TM.shape[1]).sum(0)
         return grad_logits[:, :num_experts] @ parts[:num_experts], grad_weight, None
@@ -128,16 +138,18 @@ class TopKGate(nn.Module):
     def forward(self, x_TM: Tensor) -> Routing:
         """Route tokens [T, M]."""
         spec = self.spec
-        if ops.is_fast(x_TM):
-            probs_TE, expert_ids_TK, weights_TK = _Route.apply(x_TM, self.weight.float(), spec.top_k)
+        if ops.is_fast(x_TM) and len(x_TM):
+            probs_TE, expert_ids_TK, weights_TK, counts_E, aux_loss = _Route.apply(
+                x_TM, self.weight.float(), spec.top_k
+            )
         else:
             probs_TE = (x_TM.float() @ self.weight.float().t()).softmax(1)
             expert_ids_TK = probs_TE.topk(spec.top_k, dim=1).indices
             weights_TK = combine_weights(probs_TE, expert_ids_TK)
+            counts_E = ops.count_choices(expert_ids_TK, spec.num_experts)
+            aux_loss = balance_loss(probs_TE, expert_ids_TK)
         kept_TK = None
         if spec.capacity_factor is not None:
             kept_TK = queue_positions(expert_ids_TK, spec.num_experts) < spec.capacity(len(x_TM))
             weights_TK = combine_weights(probs_TE, expert_ids_TK, kept_TK)
-        counts_E = ops.count_choices(expert_ids_TK, spec.num_experts)
-        aux_loss = balance_loss(probs_TE, expert_ids_TK)
         return Routing(expert_ids_TK, weights_TK, kept_TK, probs_TE, counts_E, aux_loss)

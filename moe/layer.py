@@ -4,11 +4,21 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from moe.dispatch import AllToAllDispatcher
+from moe import ops
+from moe.dispatch import AllToAllDispatcher, Dispatcher
 from moe.experts import GroupedExperts
 from moe.gate import TopKGate
 from moe.mesh import Mesh
+from moe.peer_dispatch import PeerDispatcher
+from moe.peers import peers_reach_each_other
 from moe.system import ExpertView, LayerSpec, MoELayer, MoEOutput
+
+
+def default_dispatcher(spec: LayerSpec, mesh: Mesh) -> Dispatcher:
+    """Through shared memory where the ranks are GPUs of one node, else by all-to-all-v."""
+    if ops.HAS_TRITON and peers_reach_each_other(mesh):
+        return PeerDispatcher(mesh, spec.num_experts)
+    return AllToAllDispatcher(mesh, spec.num_experts)
 
 
 class NativeMoE(MoELayer):
@@ -21,26 +31,30 @@ class NativeMoE(MoELayer):
     """
 
     def __init__(
-        self, spec: LayerSpec, mesh: Mesh, gate: TopKGate | None = None, dispatcher: AllToAllDispatcher | None = None
+        self, spec: LayerSpec, mesh: Mesh, gate: TopKGate | None = None, dispatcher: Dispatcher | None = None
     ) -> None:
         super().__init__(spec, mesh)
         self.gate = gate or TopKGate(spec, mesh.device)
-        self.dispatcher = dispatcher or AllToAllDispatcher(mesh, spec.num_experts)
+        self.dispatcher = dispatcher or default_dispatcher(spec, mesh)
         self.experts = GroupedExperts(spec, mesh.local_experts(spec.num_experts), mesh.device)
 
     def forward(self, x_TM: Tensor) -> MoEOutput:
         """Route this rank's tokens [T, M]."""
         routing = self.gate(x_TM)
         rows_RM, plan = self.dispatcher.dispatch(x_TM, routing)
-        rows_RM = self.experts(rows_RM, plan.expert_rows)
+        rows_RM = self.experts(rows_RM, plan.expert_rows, plan.expert_ends, plan.row_weights)
         y_TM = self.dispatcher.combine(rows_RM, plan, routing.weights_TK)
-        dropped = routing.counts_E.sum() - sum(plan.send_rows)
-        return MoEOutput(y_TM, routing.aux_loss, routing.counts_E, dropped, routing.expert_ids_TK)
+        return MoEOutput(y_TM, routing.aux_loss, routing.counts_E, routing.num_dropped, routing.expert_ids_TK)
 
     @property
     def gate_weight(self) -> nn.Parameter:
         """[E, M]."""
         return self.gate.weight
+
+    @property
+    def workspace_bytes(self) -> int:
+        """Of the dispatcher."""
+        return self.dispatcher.workspace_bytes
 
     def expert_views(self) -> list[ExpertView]:
         """Views into the grouped weights."""

@@ -133,6 +133,14 @@ class MoELayer(nn.Module, ABC):
         """True when an expert lives on some ranks only; False when every rank holds all (then they train as dense)."""
         return True
 
+    @property
+    def workspace_bytes(self) -> int:
+        """Bytes that the layer keeps between steps outside torch's allocator, such as memory that other ranks write to.
+
+        Layers of one shape share them: the benchmarks add them once to the peak memory of a model.
+        """
+        return 0
+
     def sharded_parameters(self) -> list[nn.Parameter]:
         """Parameters whose gradient is not reduced over the whole world."""
         if not self.experts_are_sharded:

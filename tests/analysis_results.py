@@ -158,3 +158,41 @@ def status_row(system: str, seed: int, text: str) -> Rows:
     labels = {"system": system, "implementation": IMPLEMENTATIONS[system], "seed": seed, "round": 0}
     shape = {"shape": "M256_H1024_E16_K2", "workload": "uniform"}
     return [labels | shape | {"metric": "status", "part": text, "value": float("nan"), "unit": ""}]
+
+
+def layer_rows(
+    system: str,
+    shape: str,
+    seconds: float = 0.05,
+    *,
+    implementation: str = "native",
+    floor_s: float = 0.03,
+    workload: str = "uniform",
+    peak_bytes: float = 3e8,
+    dropped: int = 0,
+    status: str = "",
+    rounds: int = 10,
+) -> Rows:
+    """What a layer benchmark samples of one system under one shape; only its status, where one is given."""
+    cell = {"system": system, "implementation": implementation, "shape": shape, "workload": workload, "seed": 0}
+
+    def row(metric: str, value: float, unit: str, turn: int = 0, part: str = "") -> dict[str, Any]:
+        return cell | {"round": turn, "metric": metric, "part": part, "value": float(value), "unit": unit}
+
+    if status:
+        return [row("status", float("nan"), "", part=status)]
+    rows = [row("peak_memory", peak_bytes, "B"), row("dropped_copies", dropped, "copies/step")]
+    rows.append(row("tokens", 4096, "tokens/step"))
+    random = np.random.default_rng([len(system), len(shape)])
+    for turn in range(rounds):
+        rows.append(row("step_time", seconds * random.uniform(0.99, 1.01), "s", turn))
+        rows.append(row("floor_time", floor_s * random.uniform(0.99, 1.01), "s", turn))
+    return rows
+
+
+def write_manifest(folder: Path) -> None:
+    """manifest.json as a run on two GPUs leaves it."""
+    cluster = {"name": "auto", "levels": [{"name": "node", "fanout": 2}], "launch": "spawn", "device": "cuda"}
+    hardware = {"cpu": "Some CPU", "cores": 32, "gpus": ["NVIDIA H100 80GB HBM3, 81559 MiB, 580.1"] * 2}
+    manifest = {"cluster": cluster, "hardware": hardware, "versions": {"torch": "2.11.0"}}
+    (folder / "manifest.json").write_text(json.dumps(manifest))

@@ -19,6 +19,8 @@ from moe.mesh import Mesh, create_mesh
 from moe.metering import LinkMeter
 from moe.system import LayerSpec, MoELayer, System
 
+WORKSPACE_BYTES = 1 << 30
+
 
 class Broken(System):
     """Can't build its layer."""
@@ -46,7 +48,28 @@ class Hungry(System):
         return NativeMoE(spec, mesh)
 
 
-SYSTEMS = {**registry.discover(), "broken": Broken, "hungry": Hungry}
+class KeepingLayer(NativeMoE):
+    """Keeps WORKSPACE_BYTES outside torch's allocator."""
+
+    @property
+    def workspace_bytes(self) -> int:
+        """As if other ranks wrote there."""
+        return WORKSPACE_BYTES
+
+
+class Keeping(System):
+    """Computes what flat computes, and keeps memory."""
+
+    name = "keeping"
+    implementation = "native"
+    summary = "keeps memory"
+
+    def build_layer(self, spec: LayerSpec, mesh: Mesh) -> MoELayer:
+        """The layer."""
+        return KeepingLayer(spec, mesh)
+
+
+SYSTEMS = {**registry.discover(), "broken": Broken, "hungry": Hungry, "keeping": Keeping}
 
 
 def measure(payload: dict[str, Any], info: RankInfo) -> dict[str, Any]:

@@ -13,17 +13,18 @@ from torch import Tensor, nn
 
 from baselines.reference import ReferenceLayer
 from experiments.ranks import RankInfo
-from moe.dispatch import AllToAllDispatcher
+from moe.dispatch import AllToAllDispatcher, Dispatcher
 from moe.gate import Routing
 from moe.layer import NativeMoE
 from moe.mesh import Mesh, create_mesh
 from moe.metering import LinkMeter
 from moe.sync import GradientSync
-from moe.system import LayerSpec, MoEOutput
+from moe.system import LayerSpec, MoELayer, MoEOutput
 from moe.topology import cluster_of
 from moe.weights import load_layer
 from tests.comparing import relative_error
 from tests.lone import lone_mesh
+from tests.shared_memory import cpu_peers
 
 CLUSTER = cluster_of([2, 2])
 CPU = torch.device("cpu")
@@ -61,10 +62,23 @@ def dispatch_cases(rank: int) -> dict[str, tuple[int, int, Tensor, Tensor | None
         "dropped copies": (4, 8, ids(6, 8, 3), torch.rand(6, 3, generator=generator) < 0.5),
         "all dropped": (4, 8, ids(6, 8, 2), torch.zeros(6, 2, dtype=torch.bool)),
         "two groups": (2, 4, ids(6, 4, 2), None),
+        "more choices than ranks": (4, 8, ids(5, 8, 6), torch.rand(5, 6, generator=generator) < 0.8),
     }
 
 
 def dispatch(meshes: dict[int, Mesh]) -> Facts:
+    """Round trips by all-to-all-v."""
+    return round_trips(meshes, lambda mesh, num_experts, _top_k: AllToAllDispatcher(mesh, num_experts))
+
+
+def peer_dispatch(meshes: dict[int, Mesh]) -> Facts:
+    """Round trips through memory that the ranks share."""
+    return round_trips(
+        meshes, lambda mesh, num_experts, top_k: cpu_peers(mesh, num_experts, 7, top_k, 2, torch.float32)
+    )
+
+
+def round_trips(meshes: dict[int, Mesh], build: Callable[[Mesh, int, int], Dispatcher]) -> Facts:
     """Rows that arrived, as (rank, token) of their origin, by expert; and the round trip through doing nothing."""
     rank = meshes[4].rank
     facts: Facts = {}
@@ -75,9 +89,10 @@ def dispatch(meshes: dict[int, Mesh]) -> Facts:
         routing = Routing(ids_TK, weights_TK, kept_TK, torch.zeros(0), counts_E, torch.zeros(()))
         token_T = torch.arange(len(ids_TK), dtype=torch.float32)
         x_TM = torch.stack([torch.full_like(token_T, rank), token_T], dim=1).requires_grad_()
-        dispatcher = AllToAllDispatcher(mesh, num_experts)
+        dispatcher = build(mesh, num_experts, ids_TK.shape[1])
         rows_RM, plan = dispatcher.dispatch(x_TM, routing)
-        y_TM = dispatcher.combine(rows_RM, plan, weights_TK)
+        weighted_RM = rows_RM if plan.row_weights is None else rows_RM * plan.row_weights.unsqueeze(1)
+        y_TM = dispatcher.combine(weighted_RM, plan, weights_TK)
         y_TM.sum().backward()
         assert x_TM.grad is not None and weights_TK.grad is not None
         kept = torch.ones_like(ids_TK, dtype=torch.bool) if kept_TK is None else kept_TK
@@ -89,12 +104,58 @@ def dispatch(meshes: dict[int, Mesh]) -> Facts:
             "group": rank // ep_size,
             "experts": list(mesh.local_experts(num_experts)),
             "arrived": [rows.int().tolist() for rows in arrived],
-            "send_rows": plan.send_rows,
-            "receive_rows": plan.receive_rows,
+            "send_rows": getattr(plan, "send_rows", []),
+            "receive_rows": getattr(plan, "receive_rows", []),
+            "expert_ends": plan.expert_ends.tolist(),
             "round_trip_error": _largest(y_TM - total_T1 * x_TM),
             "input_grad_error": _largest(x_TM.grad - total_T1.expand_as(x_TM)),
             "weight_grad_error": _largest(weights_TK.grad - kept * x_TM.sum(1, keepdim=True)),
         }
+    return facts
+
+
+PEER_LAYERS: dict[str, dict[str, Any]] = {
+    "top1": {"top_k": 1},
+    "top3 swiglu": {"top_k": 3, "activation": "swiglu"},
+    "top6": {"top_k": 6},
+    "top2 drops": {"top_k": 2, "capacity_factor": 0.75},
+}
+
+
+def peer_layers(meshes: dict[int, Mesh]) -> Facts:
+    """Errors of the native layer over shared memory against the oracle, twice over the same memory, and its bytes."""
+    mesh = meshes[4]
+    facts: Facts = {}
+    for name, kwargs in PEER_LAYERS.items():
+        spec = LayerSpec(16, 8, 8, **kwargs)
+        layers: list[MoELayer] = [ReferenceLayer(spec, mesh)]
+        layers += [NativeMoE(spec, mesh, dispatcher=cpu_peers(mesh, 8, 12, spec.top_k, 16, spec.dtype))]
+        facts[name] = {"errors": [], "sent": []}
+        for turn in range(2):
+            generator = torch.Generator().manual_seed(2 * mesh.rank + turn)
+            x_TM, grad_TM = torch.randn(12, 16, generator=generator), torch.randn(12, 16, generator=generator)
+            found: list[dict[str, Tensor]] = []
+            for layer in layers:
+                load_layer(layer)
+                for parameter in layer.parameters():
+                    parameter.grad = None
+                tokens = x_TM.clone().requires_grad_()
+                meter = LinkMeter(CLUSTER, mesh.rank)
+                with meter.installed():
+                    output = layer(tokens)
+                    ((output.y_TM * grad_TM).sum() + output.aux_loss).backward()
+                GradientSync(layer, layer.sharded_parameters(), mesh).reduce()
+                assert tokens.grad is not None and layer.gate_weight.grad is not None
+                found.append({"y": output.y_TM.detach(), "x": tokens.grad, "gate": layer.gate_weight.grad})
+                for view in layer.expert_views():
+                    assert view.parameter.grad is not None
+                    found[-1][f"{view.expert} {view.name}"] = view.view(view.parameter.grad)
+            facts[name]["errors"] += [relative_error(value, found[0][key]) for key, value in found[1].items()]
+            routing_ids = output.expert_ids_TK
+            assert routing_ids is not None
+            pairs = [int((routing_ids // 2 == rank).any(1).sum()) for rank in range(4)]
+            facts[name]["sent"].append(sum(count for (_, kind), count in meter.sent.items() if kind == "alltoall"))
+            facts[name].setdefault("pairs", []).append(pairs)
     return facts
 
 
@@ -298,4 +359,10 @@ def _named_gradients(model: TwoLayers) -> dict[str, Tensor]:
     return {name: grad.clone() for name, grad in grads.items() if grad is not None}
 
 
-PARTS: dict[str, Callable[[dict[int, Mesh]], Facts]] = {"dispatch": dispatch, "metering": metering, "sync": sync}
+PARTS: dict[str, Callable[[dict[int, Mesh]], Facts]] = {
+    "dispatch": dispatch,
+    "peer_dispatch": peer_dispatch,
+    "peer_layers": peer_layers,
+    "metering": metering,
+    "sync": sync,
+}

@@ -32,6 +32,15 @@ def test_a_whole_run(tmp_path: Path) -> None:
     pd.testing.assert_frame_equal(run.metrics.astype(expected.dtypes.to_dict()), expected)
 
 
+def test_a_variant_goes_by_its_label(tmp_path: Path) -> None:
+    config = {"system": {"name": "deepspeed", "label": "deepspeed rts", "use_rts": True}}
+    run = load_run(write_run(tmp_path, "deepspeed", 3, config=config, labels={"label": "deepspeed rts"}))
+    assert (run.system, run.implementation, run.status) == ("deepspeed rts", "upstream", "done")
+    swapped = write_run(tmp_path / "swapped", "deepspeed", 3, config=config, labels={"label": "deepspeed"})
+    with pytest.raises(ResultsError, match="its files disagree on label"):
+        load_run(swapped)
+
+
 def test_only_some_metrics(tmp_path: Path) -> None:
     run = load_run(write_run(tmp_path, "flat", 0), metrics=["loss"])
     assert set(run.metrics["metric"]) == {"loss"}

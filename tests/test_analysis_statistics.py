@@ -5,7 +5,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from analysis.statistics import bootstrap_median, bootstrap_ratio, median, over_seeds, resampled_indices, worst
+from analysis.statistics import (
+    bootstrap_mean_ratio,
+    bootstrap_median,
+    bootstrap_ratio,
+    median,
+    over_seeds,
+    resampled_indices,
+    worst,
+)
 
 
 def noisy_pairs(ratio: float, count: int = 40) -> tuple[np.ndarray, np.ndarray]:
@@ -28,6 +36,25 @@ def test_pairing_is_what_makes_it_narrow() -> None:
     paired = bootstrap_ratio(numerator, denominator)
     shuffled = bootstrap_ratio(np.random.default_rng(1).permutation(numerator), denominator)
     assert shuffled.high - shuffled.low > 5 * (paired.high - paired.low)
+
+
+def test_a_mean_of_ratios_is_geometric_and_of_one_ratio_it_is_that_ratio() -> None:
+    two, eight = noisy_pairs(2.0), noisy_pairs(8.0, count=30)
+    mean = bootstrap_mean_ratio([two, eight])
+    expected = np.sqrt(bootstrap_ratio(*two).value * bootstrap_ratio(*eight).value)
+    assert mean.value == pytest.approx(expected, rel=1e-12)
+    assert mean.low <= 4.0 <= mean.high
+    assert bootstrap_mean_ratio([two]) == pytest.approx(bootstrap_ratio(*two), rel=2e-3)
+    with pytest.raises(ValueError, match="at least one ratio"):
+        bootstrap_mean_ratio([])
+
+
+def test_ratios_measured_apart_are_resampled_apart() -> None:
+    """With one draw for both, every resample of the second would undo the first's noise, and the mean had no width."""
+    random = np.random.default_rng(2).uniform(1, 2, 41)
+    ones = np.ones(41)
+    apart = bootstrap_mean_ratio([(random, ones), (ones, random)])
+    assert apart.high - apart.low > 0.03
 
 
 def test_a_constant_ratio_has_no_width() -> None:

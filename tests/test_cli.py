@@ -103,6 +103,14 @@ MISTAKES = [
         ("workload=zipf",),
         [r"workload=zipf: experiments.train takes no such group. Fix: the groups are cluster, data, exp"],
     ),
+    (
+        ("experiment=native_layer", "seed=-1"),
+        [
+            r"experiment=native_layer: is for another entry point: experiments.train has no systems, shapes, capacity_f"
+            r"actor, rounds. Fix: the experiments of experiments.train are smoke",
+            "seed=-1: must be",
+        ],
+    ),
     (("model=null",), [r"model=null: there is no conf/model/null.yaml. Fix: the choices of model are"]),
     (("~model",), [r"model=\(missing\): is required. Fix: add it"]),
     (

@@ -160,6 +160,22 @@ def test_a_system_that_fails_is_a_row_until_it_is_mended(
     assert losses["fragile"] == losses["flat"] == pytest.approx(losses["reference"], rel=1e-5)
 
 
+def test_variants_of_one_system_stand_side_by_side_under_their_labels(
+    command: Command, launched: list[str], tmp_path: Path
+) -> None:
+    """Each trains in a folder of its own, and one that fails costs the others nothing."""
+    variants = "systems=[flat,{name: flat, label: flat again},{name: fragile, label: fragile b},reference]"
+    code, summary = command(variants, ONE_RANK)
+    assert code == 1
+    assert list(dict.fromkeys(summary["system"])) == ["flat", "flat again", "fragile b", "reference"]
+    assert status(summary, "fragile b", "train_loss").startswith("failed: ")
+    for system in ("flat", "flat again"):
+        assert has_number(summary, system, "train_loss") and has_number(summary, system, "tokens_per_s")
+    losses = summary[summary["metric"] == "train_loss"].set_index("system")["value"]
+    assert losses["flat"] == losses["flat again"]
+    assert len(list(tmp_path.glob("flat-*"))) == 2
+
+
 def test_a_system_that_refuses_is_a_row(command: Command, launched: list[str]) -> None:
     code, summary = command("systems=[flat,{name:fairscale,gate:upstream}]", ONE_RANK)
     assert code == 0

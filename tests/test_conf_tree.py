@@ -20,11 +20,13 @@ from experiments.config import (
     TrainerConfig,
     WorkloadConfig,
     load,
+    load_layer,
 )
+from experiments.experiment_files import experiments_for
 
 PRIMARY: dict[Kind, tuple[str, ...]] = {
     "train": ("system", "model", "data", "cluster", "trainer", "experiment"),
-    "layer": ("cluster", "workload"),
+    "layer": ("cluster", "workload", "experiment"),
     "comm": ("cluster",),
     "compare": ("model", "data", "cluster", "trainer", "experiment"),
 }
@@ -39,8 +41,10 @@ GROUPS: dict[str, type[BaseModel] | None] = {
 }
 
 
-def choices(group: str) -> list[str]:
-    """File names of a group."""
+def choices(group: str, kind: Kind | None = None) -> list[str]:
+    """File names of a group; of the experiments those of one entry point, where it is given."""
+    if group == "experiment" and kind is not None:
+        return experiments_for(kind, CONF)
     return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
 
 
@@ -67,7 +71,7 @@ def test_there_is_no_file_that_these_tests_miss() -> None:
 
 @pytest.mark.parametrize(
     ("kind", "group", "choice"),
-    [(kind, group, choice) for kind, groups in PRIMARY.items() for group in groups for choice in choices(group)],
+    [(kind, group, choice) for kind, groups in PRIMARY.items() for group in groups for choice in choices(group, kind)],
 )
 def test_a_choice_validates(kind: Kind, group: str, choice: str, recorded: str) -> None:
     composed = compose(kind, [f"{group}={choice}"])
@@ -82,7 +86,7 @@ def test_choices_mix(kind: Kind, turn: int) -> None:
     """Each group at another of its files; over the turns every file of every group stands beside several others."""
     mixed = []
     for offset, group in enumerate(PRIMARY[kind]):
-        files = choices(group)
+        files = choices(group, kind)
         mixed.append(f"{group}={files[(turn + offset) % len(files)]}")
     load(kind, compose(kind, mixed))
 
@@ -116,6 +120,22 @@ def test_the_command_line_wins_over_an_experiment() -> None:
     composed = compose("train", ["experiment=smoke", "model.num_layers=6", "trainer=default"])
     assert (composed["model"]["num_layers"], composed["trainer"]["max_steps"]) == (6, 100)
     assert compose("train", ["experiment=smoke"])["model"]["num_layers"] == 2
+
+
+def test_every_experiment_is_for_an_entry_point() -> None:
+    of_kind = {kind: choices("experiment", kind) for kind in PRIMARY if "experiment" in PRIMARY[kind]}
+    assert of_kind["train"] == of_kind["compare"] == ["smoke"]
+    assert of_kind["layer"] == ["native_layer", "native_layer_growth"]
+    assert {name for names in of_kind.values() for name in names} == set(choices("experiment"))
+
+
+def test_the_native_layer_is_flat_and_every_upstream_variant_without_drops() -> None:
+    config = load_layer(compose("layer", ["experiment=native_layer", "workload=zipf"]))
+    labels = ["flat", "tutel", "tutel overlap 2", "tutel 2DH", "fastmoe", "deepspeed"]
+    assert [system.label for system in config.systems] == labels
+    assert [shape.name for shape in config.shapes] == ["switch", "gshard", "mixtral", "qwen3", "deepseek"]
+    assert {shape.tokens_per_rank for shape in config.shapes} == {8192}
+    assert (config.capacity_factor, config.workload.kind, config.cluster.name) == (None, "zipf", "auto")
 
 
 def test_the_emulated_rate_is_the_configured_one() -> None:

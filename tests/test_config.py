@@ -6,13 +6,14 @@ import copy
 import functools
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 
 from experiments.cli import compose
 from experiments.config import (
+    CompareConfig,
     Kind,
     RunConfig,
     SystemConfig,
@@ -237,7 +238,8 @@ def test_workload_needs_what_it_reads(tmp_path: Path) -> None:
 def test_nothing_is_listed_twice() -> None:
     found = problems("compare", {"systems": ["flat", {"name": "flat"}], "seeds": [0, 1, 0]})
     assert [str(problem) for problem in found] == [
-        "systems.1=flat: stands in systems already. Fix: remove it",
+        "systems.1=flat: stands in systems already. Fix: remove it, or give a label of its own: "
+        "{name: flat, label: flat 2, option: value}",
         "seeds.2=0: stands in seeds already. Fix: remove it",
     ]
     shape = config("layer")["shapes"][0]
@@ -289,6 +291,35 @@ def test_a_system_may_be_its_name_only() -> None:
     found = load_compare(config("compare", {"systems": ["flat", {"name": "deepspeed", "use_rts": True}]}))
     assert [system.name for system in found.systems] == ["flat", "deepspeed"]
     assert found.systems[1].options["use_rts"] is True
+
+
+@pytest.mark.parametrize("kind", ["layer", "compare"])
+def test_variants_of_one_system_have_labels(kind: Kind) -> None:
+    variant = {"name": "deepspeed", "label": "deepspeed rts", "use_rts": True}
+    first, second = cast(CompareConfig, load(kind, config(kind, {"systems": ["deepspeed", variant]}))).systems
+    assert (first.label, second.label, second.name) == ("deepspeed", "deepspeed rts", "deepspeed")
+    assert second.options == {**first.options, "use_rts": True}, "a label is no option of the system"
+    (found,) = problems(kind, {"systems": ["flat", variant, variant]})
+    assert str(found).startswith("systems.2.label=deepspeed rts: stands in systems already. Fix: remove it, or give a")
+
+
+@pytest.mark.parametrize("label", ["", " ", "a/b", "a\\b", "a\nb", "x" * 41, "flat "])
+def test_a_label_must_fit_a_table_and_a_path(label: str) -> None:
+    (found,) = problems("train", {"system": {"name": "flat", "label": label}})
+    assert (found.key, found.value) == ("system.label", repr(label))
+    assert found.rule == "must be 1 to 40 characters, no path separator or line break, no blank at either end"
+
+
+def test_a_label_must_not_pass_for_another_system() -> None:
+    (found,) = problems("layer", {"systems": [{"name": "flat", "label": "reference"}]})
+    assert str(found).startswith("systems.0.label=reference: is the name of another system, and this one is flat. Fix:")
+    (found,) = problems("train", {"system.label": 3})
+    assert (found.key, found.rule) == ("system.label", "must be text")
+
+
+def test_a_label_makes_another_run_of_the_same_system() -> None:
+    plain, labelled = run_id(run_config()), run_id(run_config({"system": {"name": "flat", "label": "other"}}))
+    assert plain != labelled and labelled.startswith("flat-tiny-s0-")
 
 
 def test_a_comparison_is_every_system_with_every_seed() -> None:

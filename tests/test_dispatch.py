@@ -1,22 +1,29 @@
-"""The all-to-all-v dispatcher on four ranks: every kept copy arrives once, at its expert, and comes back."""
+"""The dispatchers on four ranks: every kept copy arrives once, at its expert, and comes back."""
 
 from __future__ import annotations
 
 from collections import Counter
+from itertools import accumulate
 from typing import Any
 
 import pytest
 
-from tests.rank_parts import dispatch_cases
+from tests.rank_parts import PEER_LAYERS, dispatch_cases
 
 Facts = list[dict[str, Any]]
 CASES = list(dispatch_cases(0))
 
 
+@pytest.fixture(params=["dispatch", "peer_dispatch"])
+def dispatcher(request: pytest.FixtureRequest, rank_facts: dict[str, Facts]) -> Facts:
+    """Facts of one dispatcher, by rank."""
+    return rank_facts[request.param]
+
+
 @pytest.fixture
-def case(request: pytest.FixtureRequest, rank_facts: dict[str, Facts]) -> Facts:
+def case(request: pytest.FixtureRequest, dispatcher: Facts) -> Facts:
     """Facts of one case, by rank."""
-    return [facts[request.param] for facts in rank_facts["dispatch"]]
+    return [facts[request.param] for facts in dispatcher]
 
 
 def copies_for(expert: int, group: int, case: Facts) -> Counter[tuple[int, int]]:
@@ -41,9 +48,11 @@ def test_each_expert_gets_exactly_the_copies_that_chose_it(case: Facts) -> None:
 @pytest.mark.parametrize("case", CASES, indirect=True)
 def test_rows_are_conserved(case: Facts) -> None:
     num_kept = sum(sum(map(sum, facts["kept"])) for facts in case)
-    assert sum(sum(facts["send_rows"]) for facts in case) == num_kept
-    assert sum(sum(facts["receive_rows"]) for facts in case) == num_kept
+    for told in ("send_rows", "receive_rows"):
+        assert sum(sum(facts[told]) for facts in case) in {num_kept, 0 if case[0][told] == [] else num_kept}
     assert sum(len(rows) for facts in case for rows in facts["arrived"]) == num_kept
+    for facts in case:
+        assert facts["expert_ends"] == list(accumulate(len(rows) for rows in facts["arrived"]))
 
 
 @pytest.mark.parametrize("case", CASES, indirect=True)
@@ -61,3 +70,24 @@ def test_the_cases_are_what_their_names_say(rank_facts: dict[str, Facts]) -> Non
     assert any(False in kept for rank in facts for kept in rank["dropped copies"]["kept"])
     assert sum(sum(rank["all dropped"]["send_rows"]) for rank in facts) == 0
     assert [rank["two groups"]["experts"] for rank in facts] == [[0, 1], [2, 3], [0, 1], [2, 3]]
+
+
+def test_layers_over_shared_memory_equal_the_oracle(rank_facts: dict[str, Facts]) -> None:
+    """Top-2 with drops loses the same copies as the oracle."""
+    for facts in rank_facts["peer_layers"]:
+        for name, found in facts.items():
+            assert max(found["errors"]) < 1e-5, name
+
+
+def test_a_token_crosses_once_to_each_rank(rank_facts: dict[str, Facts]) -> None:
+    """Rows of 64 bytes there, back, and both again for the gradients; ids and weights once."""
+    ranks = rank_facts["peer_layers"]
+    for name, kwargs in PEER_LAYERS.items():
+        if "capacity_factor" in kwargs:
+            continue
+        for turn in range(2):
+            pairs = [facts[name]["pairs"][turn] for facts in ranks]
+            for me, facts in enumerate(ranks):
+                out, back = sum(pairs[me]), sum(row[me] for row in pairs)
+                along = 4 * 12 * kwargs["top_k"] * 12
+                assert facts[name]["sent"][turn] == 2 * 64 * (out + back) + along

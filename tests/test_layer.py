@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from math import isnan
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 from torch.utils.flop_counter import FlopCounterMode
 
 import analysis.layer
+from analysis.load import load_samples
 from experiments import bench_run, layer, layer_bench
 from experiments.bench_run import BenchRun
 from experiments.cli import compose
@@ -26,6 +28,7 @@ from moe.system import Activation, LayerSpec
 from moe.topology import cluster_of
 from moe.workload import Workload, expert_ids
 from tests.lone import lone_mesh
+from tests.rank_layer import WORKSPACE_BYTES
 from tests.rank_models import runnable
 from tests.tiny import ONE_RANK, run_ranks_here
 
@@ -61,6 +64,7 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
         "zipf": Case([EVERY, "workload=zipf", "workload.exponent=1.5"], Workload("zipf", 1.5), "zipf 1.5"),
         "replay": Case(["systems=[flat]", "workload=replay", f"workload.path={trace}"], replay, "replay"),
         "drops": Case(["systems=[flat,reference]", "capacity_factor=0.5"], Workload("uniform"), "uniform"),
+        "variants": Case(["systems=[flat,{name: flat, label: flat again}]"], Workload("uniform"), "uniform"),
         "unchecked": Case(["systems=[flat]", "check=false"], Workload("uniform"), "uniform"),
         "two shapes": Case(["systems=[flat]", swiglu], Workload("uniform"), "uniform"),
     }
@@ -75,6 +79,7 @@ def measured(cases: dict[str, Case], tmp_path_factory: pytest.TempPathFactory) -
     }
     failing = ["broken", "flat", {"name": "fairscale", "gate": "upstream"}, "hungry", "reference"]
     configs["failing"] = {**configs["uniform"], "systems": failing}
+    configs["profiled"] = {**configs["two shapes"], "systems": ["flat", "hungry", "keeping"], "profile": True}
     return run_ranks(
         "tests.rank_layer:measure",
         {"configs": configs},
@@ -199,6 +204,14 @@ def test_without_a_check_nothing_is_compared(rows: dict[str, list[SampleRow]]) -
     assert of(rows["unchecked"], "flat", "bytes") == of(rows["uniform"], "flat", "bytes")
 
 
+def test_variants_of_one_system_are_measured_under_their_labels(rows: dict[str, list[SampleRow]]) -> None:
+    told = rows["variants"]
+    assert list(dict.fromkeys(row.system for row in told)) == ["flat", "flat again"]
+    assert len(of(told, "flat again", "step_time")[""]) == ROUNDS
+    assert of(told, "flat again", "bytes") == of(told, "flat", "bytes")
+    assert of(told, "flat again", "floor_time") == of(told, "flat", "floor_time")
+
+
 def test_every_shape_is_measured(rows: dict[str, list[SampleRow]]) -> None:
     assert list(dict.fromkeys(row.shape for row in rows["two shapes"])) == ["wide", "small"]
     peaks = {row.shape: row.value for row in rows["two shapes"] if row.metric == "peak_memory"}
@@ -218,6 +231,29 @@ def test_a_system_that_cannot_be_measured_is_a_row_and_the_others_go_on(rows: di
     for system in ("flat", "reference"):
         assert len(of(told, system, "step_time")[""]) == ROUNDS
         assert max(of(told, system, "relative_error")["expert_grad"]) <= 1e-5
+
+
+def test_memory_outside_the_allocator_counts(rows: dict[str, list[SampleRow]]) -> None:
+    flat, keeping = (of_shape(rows["profiled"], "small", system, "peak_memory")[""] for system in ("flat", "keeping"))
+    assert keeping[0] - flat[0] == pytest.approx(WORKSPACE_BYTES, rel=0.01)
+
+
+def test_kernels_are_profiled_where_that_is_asked_for(rows: dict[str, list[SampleRow]]) -> None:
+    for system in ("flat", "keeping"):
+        for shape in ("wide", "small"):
+            calls = of_shape(rows["profiled"], shape, system, "kernel_calls")
+            times = of_shape(rows["profiled"], shape, system, "kernel_time")
+            assert times.keys() == calls.keys()
+            assert calls["cpu/c10d::alltoall_base_"] == [5.0]  # counts, and rows there and back, twice
+            assert 0 < sum(value for (value,) in times.values()) < 10
+    assert {row.metric for row in rows["profiled"] if row.system == "hungry"} == {"status"}
+    asked = {name for name, told in rows.items() if any(row.metric.startswith("kernel_") for row in told)}
+    assert asked == {"profiled"}
+
+
+def of_shape(rows: list[SampleRow], shape: str, system: str, metric: str) -> dict[str, list[float]]:
+    """Values of one shape by part."""
+    return of([row for row in rows if row.shape == shape], system, metric)
 
 
 def test_all_ranks_return_the_same_rows(measured: dict[str, Any]) -> None:
@@ -255,6 +291,8 @@ def test_the_command_line_writes_samples_and_a_table(command: Path, capsys: pyte
     assert "flat" in printed and "reference" in printed
     samples = pd.read_parquet(folder / "samples.parquet")
     assert list(samples.columns) == list(SampleRow._fields)
+    sizes = load_samples(folder).metadata["shapes"]
+    assert sizes["small"]["num_experts"] == NUM_EXPERTS and sizes["small"]["activation"] == "gelu"
     summary = pd.read_csv(folder / "summary.csv")
     assert set(summary["system"]) == {"flat", "reference"}
     assert set(summary["status"]) == {"ok"}
@@ -262,6 +300,23 @@ def test_the_command_line_writes_samples_and_a_table(command: Path, capsys: pyte
     assert ratio["value"].tolist() == [1.0]
     for name in ("summary.md", "stages.png", "stages.pdf", "manifest.json", "config.yaml"):
         assert (folder / name).stat().st_size > 0, name
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_profiled_kernels_are_a_table_that_can_be_made_again(command: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer.main()
+    (plain,) = command.glob("layer-*")
+    assert not (plain / "kernels.csv").exists()
+    monkeypatch.setattr("sys.argv", [*sys.argv, "profile=true"])
+    layer.main()
+    (path,) = command.glob("layer-*/kernels.csv")
+    written = path.read_text()
+    table = pd.read_csv(path)
+    assert set(table["system"]) == {"flat", "reference"}
+    assert set(table["device"]) == {"cpu"}
+    path.unlink()
+    analysis.layer.main([str(path.parent)])
+    assert path.read_text() == written
 
 
 @pytest.mark.usefixtures("undrawn")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable, Iterator
 from math import inf, nan
 from types import SimpleNamespace
@@ -18,6 +20,7 @@ from experiments.attempt import attempt, stop_agreed
 from experiments.ranks import RankInfo
 from experiments.timing import Observed, interleave, peak_memory_bytes, relative_error, stage_rounds
 from moe.errors import ConfigError, Problem, Refused
+from moe.layer import NativeMoE
 from moe.mesh import Mesh, create_mesh
 from moe.stages import STAGES
 from moe.system import LayerSpec
@@ -124,6 +127,59 @@ def test_what_was_there_before_does_not_count() -> None:
     before = allocate(8 << 20)
     assert peak_memory_bytes(lambda: allocate(6 << 20).clear(), CPU) == 6 << 20
     assert before
+
+
+class Cyclic:
+    """A step that leaves 4 MiB in a reference cycle, gives Python's collector cause to run, and takes 1 MiB more.
+
+    Attributes:
+        found: for every step, whether it began while the one before still held its memory.
+    """
+
+    def __init__(self) -> None:
+        self.found: list[bool] = []
+        self.last: weakref.ref[Tensor] | None = None
+
+    def __call__(self) -> None:
+        """The step."""
+        self.found.append(self.last is not None and self.last() is not None)
+        (memory,) = allocate(4 << 20)
+        self.last = weakref.ref(memory)
+        cycle: list[object] = [memory]
+        cycle.append(cycle)
+        del memory, cycle
+        _ = [[] for _ in range(100_000)]  # the youngest generation is collected every few hundred or thousand
+        allocate(1 << 20)
+
+
+def test_memory_that_waits_for_the_collector_counts_in_its_own_step_only() -> None:
+    step = Cyclic()
+    assert [peak_memory_bytes(step, CPU) for _ in range(3)] == [5 << 20] * 3
+    assert step.found == [False] * 3
+    assert gc.isenabled()
+
+
+def test_a_collector_that_is_off_stays_off() -> None:
+    gc.disable()
+    try:
+        peak_memory_bytes(lambda: None, CPU)
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
+
+
+class Keeping(NativeMoE):
+    """Keeps 3 MiB where torch's allocator does not see them."""
+
+    @property
+    def workspace_bytes(self) -> int:
+        """As if other ranks wrote there."""
+        return 3 << 20
+
+
+def test_what_layers_keep_outside_the_allocator_counts_once(mesh: Mesh) -> None:
+    layers = [Keeping(SPEC, mesh), NativeMoE(SPEC, mesh), Keeping(SPEC, mesh)]
+    assert peak_memory_bytes(lambda: allocate(2 << 20).clear(), CPU, layers) == 5 << 20
 
 
 # Errors

@@ -76,6 +76,18 @@ def test_layers_equal_the_oracle(tmp_path: Path, dtype: str, tolerance: float) -
     assert set(forward["system"]) == expected
 
 
+def test_kernels_are_listed(tmp_path: Path) -> None:
+    systems = "systems=[flat,deepspeed,reference]"
+    run("experiments.layer", "cluster=auto", "profile=true", systems, SHAPE, "rounds=3", f"output_dir={tmp_path}")
+    table = pd.read_csv(only(tmp_path, "layer-*") / "kernels.csv")
+    assert set(table["device"]) == {"cuda"}
+    for _, own in table.groupby("system"):
+        time_us = own.set_index("kernel")["us_per_step"]
+        assert time_us["(device time)"] > 0
+        assert time_us["(wall time)"] - time_us["(idle)"] <= time_us["(device time)"] * (1 + 1e-6)  # busy, not summed
+        assert own["kernel"].str.len().max() <= 60
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Runs of three systems."""

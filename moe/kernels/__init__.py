@@ -1,0 +1,29 @@
+"""Triton kernels of the native layer on a GPU: what `moe.ops`, the gate, the experts and `moe.peer_dispatch` do there.
+
+Each program has a token, a row or a block of its own, computes in float32, and writes every element of its outputs
+once: no atomics, so two runs agree bit for bit. They run under TRITON_INTERPRET=1 on a CPU too, where tests hold them
+against the torch path.
+"""
+
+from moe.kernels.activate import activate, activate_backward_
+from moe.kernels.peers import LocalRows, pull_rows, push_sums, sum_partials
+from moe.kernels.route import route, route_backward, split_bf16
+from moe.kernels.rows import gather_rows, sum_copies, weighted_sum_backward
+from moe.kernels.sort import count_choices, sort_by_expert
+
+__all__ = [
+    "LocalRows",
+    "activate",
+    "activate_backward_",
+    "count_choices",
+    "gather_rows",
+    "pull_rows",
+    "push_sums",
+    "route",
+    "route_backward",
+    "sort_by_expert",
+    "split_bf16",
+    "sum_copies",
+    "sum_partials",
+    "weighted_sum_backward",
+]

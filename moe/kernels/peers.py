@@ -1,0 +1,402 @@
+"""Dispatch and combine over memory that ranks map into one another: each rank reads the tokens that chose its experts
+where they lie, and writes their sums where they are wanted.
+
+A copy (rank p, token t, choice k) is numbered flat, p * T * K + t * K + k. `pointers` [P] int64 holds the address of
+every rank's region; kernels add a region's offset in bytes. What belongs to the calling rank comes as a tensor (`own`),
+so that it need not lie in mapped memory.
+
+Dimensions: T tokens of a rank, K choices, P ranks, M model, L experts of this rank, R rows they compute, J slots of a
+token's partial sums: one a choice where K <= P, else one a rank.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from moe.kernels.rows import _warps
+
+PROGRAMS = 128
+"""Of the counting kernels, about one for each multiprocessor."""
+
+
+@triton.jit
+def _region(pointers, rank, me, offset, own):
+    """Where a region of a rank begins; 16-byte aligned, as all regions are."""
+    there = own
+    if rank != me:
+        there = (tl.load(pointers + rank) + offset).to(own.dtype)
+    return tl.multiple_of(there, 16)
+
+
+@triton.jit
+def _local_slots(ids, copy, num_copies, first, L: tl.constexpr):
+    """Slots of the experts that copies chose, -1 for experts of other ranks."""
+    slot = tl.load(ids + copy, mask=copy < num_copies, other=-1).to(tl.int32) - first
+    return tl.where((copy < num_copies) & (slot >= 0) & (slot < L), slot, -1)
+
+
+@triton.jit
+def _count_local(
+    pointers,
+    own_ids,
+    counts,
+    offset,
+    me,
+    first,
+    num_copies,
+    copies_a_block,
+    L: tl.constexpr,
+    CHUNK: tl.constexpr,
+    EXPERTS: tl.constexpr,
+):
+    rank, block = tl.program_id(0), tl.program_id(1)
+    ids = _region(pointers, rank, me, offset, own_ids)
+    experts = tl.arange(0, EXPERTS)
+    total = tl.zeros([EXPERTS], tl.int32)
+    for chunk in range(0, copies_a_block, CHUNK):
+        copy = block * copies_a_block + chunk + tl.arange(0, CHUNK)
+        slot = _local_slots(ids, copy, num_copies, first, L)
+        total += tl.sum((slot[:, None] == experts[None, :]).to(tl.int32), axis=0)
+    tl.store(counts + (rank * tl.num_programs(1) + block) * EXPERTS + experts, total)
+
+
+@triton.jit
+def _scan_counts(counts, ends, num_blocks, L: tl.constexpr, BLOCKS: tl.constexpr, EXPERTS: tl.constexpr):
+    """Counts by block and expert become, in place, the row at which a block's copies for an expert begin."""
+    block, expert = tl.arange(0, BLOCKS), tl.arange(0, EXPERTS)
+    places = counts + block[:, None] * EXPERTS + expert[None, :]
+    inside = (block < num_blocks)[:, None]
+    table = tl.load(places, mask=inside, other=0)
+    of_expert = tl.sum(table, axis=0)
+    end = tl.cumsum(of_expert, axis=0)
+    tl.store(ends + expert, end, mask=expert < L)
+    before = tl.cumsum(table, axis=0) - table
+    tl.store(places, before + (end - of_expert)[None, :], mask=inside)
+
+
+@triton.jit
+def _place_local(
+    pointers,
+    own_ids,
+    starts,
+    places,
+    offset,
+    me,
+    first,
+    num_copies,
+    copies_a_block,
+    L: tl.constexpr,
+    CHUNK: tl.constexpr,
+    EXPERTS: tl.constexpr,
+):
+    rank, block = tl.program_id(0), tl.program_id(1)
+    ids = _region(pointers, rank, me, offset, own_ids)
+    experts = tl.arange(0, EXPERTS)
+    row = tl.load(starts + (rank * tl.num_programs(1) + block) * EXPERTS + experts)
+    for chunk in range(0, copies_a_block, CHUNK):
+        copy = block * copies_a_block + chunk + tl.arange(0, CHUNK)
+        slot = _local_slots(ids, copy, num_copies, first, L)
+        mine = (slot[:, None] == experts[None, :]).to(tl.int32)
+        before = tl.cumsum(mine, axis=0) - mine
+        place = tl.sum(mine * (before + row[None, :]), axis=1)
+        inside = (copy < num_copies) & (copy < (block + 1) * copies_a_block)
+        tl.store(places + rank.to(tl.int64) * num_copies + copy, tl.where(slot >= 0, place, -1), mask=inside)
+        row += tl.sum(mine, axis=0)
+
+
+class LocalRows:
+    """Which rows of this rank's experts the copies of all ranks take: sorted by expert, then in the copies' order.
+
+    Two steps, so that the host can learn the number of rows while the second runs.
+
+    Args:
+        pointers: [P] int64.
+        offset: of the ids in a rank's region, in bytes.
+        own_ids: [T, K] int64 of this rank, E or more where the copy is dropped. All ranks have as many.
+        me: this rank, of P.
+        experts: global ids of this rank's L experts.
+
+    Attributes:
+        ends: [L] int32, the row behind each expert's last; known after the first step.
+    """
+
+    def __init__(self, pointers: Tensor, offset: int, own_ids: Tensor, me: int, experts: range) -> None:
+        num_ranks, self.num_copies = len(pointers), own_ids.numel()
+        self.width = triton.next_power_of_2(len(experts))
+        num_blocks = max(1, min(PROGRAMS // num_ranks, triton.cdiv(self.num_copies, 64)))
+        copies = triton.cdiv(self.num_copies, num_blocks)
+        self.chunk = min(max(16, 8192 // self.width), max(16, triton.next_power_of_2(copies)))
+        self.grid = (num_ranks, num_blocks)
+        self.copies_a_block = triton.cdiv(copies, self.chunk) * self.chunk
+        self.given = pointers, own_ids, offset, me, experts.start
+        self.num_local = len(experts)
+        device = own_ids.device
+        self.starts = torch.empty(num_ranks * num_blocks, self.width, dtype=torch.int32, device=device)
+        self.ends = torch.empty(self.num_local, dtype=torch.int32, device=device)
+        sizes = self.num_copies, self.copies_a_block, self.num_local, self.chunk, self.width
+        _count_local[self.grid](pointers, own_ids, self.starts, offset, me, experts.start, *sizes)
+        table = triton.next_power_of_2(len(self.starts))
+        warps = min(16, max(1, table * self.width // 1024))
+        _scan_counts[(1,)](self.starts, self.ends, len(self.starts), self.num_local, table, self.width, num_warps=warps)
+
+    def places(self) -> Tensor:
+        """The second step. Returns [P, T, K] int32, the row of each copy, -1 where another rank computes it."""
+        pointers, own_ids, offset, me, first = self.given
+        places = torch.empty(len(pointers), *own_ids.shape, dtype=torch.int32, device=own_ids.device)
+        sizes = self.num_copies, self.copies_a_block, self.num_local, self.chunk, self.width
+        _place_local[self.grid](pointers, own_ids, self.starts, places, offset, me, first, *sizes)
+        return places
+
+
+@triton.jit
+def _pull_rows(
+    pointers,
+    own,
+    own_weights,
+    places,
+    rows,
+    row_weights,
+    offset,
+    weights_offset,
+    me,
+    K: tl.constexpr,
+    M: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+):
+    rank, token = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    places += (rank.to(tl.int64) * tl.num_programs(1) + token) * K
+    last = tl.load(places)
+    for k in tl.static_range(1, K):
+        last = tl.maximum(last, tl.load(places + k))
+    if last >= 0:
+        columns = tl.arange(0, BLOCK)
+        inside = columns < M
+        row = tl.load(_region(pointers, rank, me, offset, own) + token * M + columns, mask=inside)
+        for k in tl.static_range(K):
+            place = tl.load(places + k).to(tl.int64)
+            tl.store(rows + place * M + columns, row, mask=inside & (place >= 0))
+        if WEIGHTED:
+            weights = _region(pointers, rank, me, weights_offset, own_weights) + token * K
+            for k in tl.static_range(K):
+                place = tl.load(places + k).to(tl.int64)
+                tl.store(row_weights + place, tl.load(weights + k), mask=place >= 0)
+
+
+def pull_rows(
+    pointers: Tensor,
+    me: int,
+    own_TM: Tensor,
+    offset: int,
+    places_PTK: Tensor,
+    num_rows: int,
+    own_weights_TK: Tensor | None = None,
+    weights_offset: int = 0,
+) -> tuple[Tensor, Tensor | None]:
+    """Read every token that chose an expert of this rank once, and lay it into the row of each such choice.
+
+    Args:
+        pointers, me: as above.
+        own_TM: [T, M] of this rank; those of others lie at `offset`.
+        places_PTK: of `LocalRows`.
+        num_rows: R.
+        own_weights_TK: [T, K] float32 of this rank, to be brought along; others' lie at `weights_offset`.
+
+    Returns:
+        rows [R, M], and their weights [R] float32 where asked for.
+    """
+    num_ranks, num_tokens, top_k = places_PTK.shape
+    model_dim = own_TM.shape[1]
+    rows = own_TM.new_empty(num_rows, model_dim)
+    weighted = own_weights_TK is not None
+    row_weights = torch.empty(num_rows, device=own_TM.device) if weighted else None
+    if num_tokens:
+        block = triton.next_power_of_2(model_dim)
+        _pull_rows[(num_ranks, num_tokens)](
+            pointers,
+            own_TM,
+            own_weights_TK if weighted else own_TM,
+            places_PTK,
+            rows,
+            row_weights if weighted else rows,
+            offset,
+            weights_offset,
+            me,
+            top_k,
+            model_dim,
+            block,
+            weighted,
+            num_warps=_warps(block),
+        )
+    return rows, row_weights
+
+
+@triton.jit
+def _push_sums(
+    pointers,
+    rows,
+    places,
+    own,
+    row_grads,
+    own_grads,
+    offset,
+    grads_offset,
+    me,
+    K: tl.constexpr,
+    SLOTS: tl.constexpr,
+    M: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ALONE: tl.constexpr,
+    GRADS: tl.constexpr,
+):
+    rank, token = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    places += (rank.to(tl.int64) * tl.num_programs(1) + token) * K
+    slot = tl.full([], K, tl.int32)
+    for k in tl.static_range(K):
+        if tl.load(places + k) >= 0:
+            slot = tl.minimum(slot, k)
+    if (slot < K) | ALONE:
+        if ALONE:
+            slot = 0
+        elif SLOTS < K:
+            slot = me
+        columns = tl.arange(0, BLOCK)
+        inside = columns < M
+        total = tl.zeros([BLOCK], tl.float32)
+        for k in tl.static_range(K):
+            place = tl.load(places + k).to(tl.int64)
+            total += tl.load(rows + place * M + columns, mask=inside & (place >= 0), other=0.0).to(tl.float32)
+        sums = _region(pointers, rank, me, offset, own) + (token * SLOTS + slot) * M
+        tl.store(sums + columns, total.to(rows.dtype.element_ty), mask=inside)
+        if GRADS:
+            grads = _region(pointers, rank, me, grads_offset, own_grads) + token * K
+            for k in tl.static_range(K):
+                place = tl.load(places + k).to(tl.int64)
+                tl.store(grads + k, tl.load(row_grads + place, mask=place >= 0), mask=place >= 0)
+
+
+def push_sums(
+    pointers: Tensor,
+    me: int,
+    rows_RM: Tensor,
+    places_PTK: Tensor,
+    own_TJM: Tensor,
+    offset: int,
+    row_grads_R: Tensor | None = None,
+    own_grads_TK: Tensor | None = None,
+    grads_offset: int = 0,
+) -> None:
+    """Write the sum of a token's rows on this rank into one of its slots on its own rank.
+
+    Its slot is the first choice that this rank computed, where there is one slot a choice, else this rank's number. On
+    a rank alone `own_TJM` is the result itself, 0 for tokens without a row.
+
+    Args:
+        pointers, me: as above.
+        rows_RM: [R, M].
+        places_PTK: of `LocalRows`.
+        own_TJM: [T, J, M] of this rank; those of others lie at `offset`.
+        row_grads_R: [R] float32, also to be sent, one a choice.
+        own_grads_TK: where they are wanted, [T, K] float32; others' lie at `grads_offset`.
+    """
+    num_ranks, num_tokens, top_k = places_PTK.shape
+    model_dim = rows_RM.shape[1]
+    if num_tokens:
+        block = triton.next_power_of_2(model_dim)
+        _push_sums[(num_ranks, num_tokens)](
+            pointers,
+            rows_RM,
+            places_PTK,
+            own_TJM,
+            rows_RM if row_grads_R is None else row_grads_R,
+            own_TJM if own_grads_TK is None else own_grads_TK,
+            offset,
+            grads_offset,
+            me,
+            top_k,
+            own_TJM.shape[1],
+            model_dim,
+            block,
+            num_ranks == 1,
+            row_grads_R is not None,
+            num_warps=_warps(block),
+        )
+
+
+@triton.jit
+def _sum_partials(
+    partials,
+    ids,
+    grads,
+    out,
+    out_grads,
+    num_local,
+    E: tl.constexpr,
+    K: tl.constexpr,
+    SLOTS: tl.constexpr,
+    M: tl.constexpr,
+    BLOCK: tl.constexpr,
+    GRADS: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    inside = columns < M
+    total = tl.zeros([BLOCK], tl.float32)
+    ids += token * K
+    for slot in tl.static_range(SLOTS):
+        if SLOTS < K:  # a slot a rank, written if any choice went there
+            written = tl.full([], 0, tl.int1)
+            for k in tl.static_range(K):
+                written = written | (tl.load(ids + k) // num_local == slot)
+        else:  # a slot a choice, written if no choice before went to the same rank
+            expert = tl.load(ids + slot)
+            written = expert < E
+            for k in tl.static_range(slot):
+                written = written & (tl.load(ids + k) // num_local != expert // num_local)
+        part = tl.load(partials + (token * SLOTS + slot) * M + columns, mask=inside & written, other=0.0)
+        total += part.to(tl.float32)
+    tl.store(out + token * M + columns, total.to(out.dtype.element_ty), mask=inside)
+    if GRADS:
+        for k in tl.static_range(K):
+            kept = tl.load(ids + k) < E
+            tl.store(out_grads + token * K + k, tl.load(grads + token * K + k, mask=kept, other=0.0))
+
+
+def sum_partials(
+    partials_TJM: Tensor, ids_TK: Tensor, num_experts: int, num_local: int, grads_TK: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Add up the slots that ranks wrote for this rank's tokens, in order.
+
+    Args:
+        partials_TJM: [T, J, M].
+        ids_TK: [T, K] int64; E where the copy is dropped.
+        num_experts, num_local: E, and L of every rank.
+        grads_TK: [T, K] float32, also written by the ranks.
+
+    Returns:
+        [T, M], and a copy of `grads_TK` with 0 for dropped copies.
+    """
+    num_tokens, slots, model_dim = partials_TJM.shape
+    out = partials_TJM.new_empty(num_tokens, model_dim)
+    out_grads = None if grads_TK is None else torch.empty_like(grads_TK)
+    if num_tokens:
+        block = triton.next_power_of_2(model_dim)
+        _sum_partials[(num_tokens,)](
+            partials_TJM,
+            ids_TK,
+            partials_TJM if grads_TK is None else grads_TK,
+            out,
+            out if out_grads is None else out_grads,
+            num_local,
+            num_experts,
+            ids_TK.shape[1],
+            slots,
+            model_dim,
+            block,
+            grads_TK is not None,
+            num_warps=_warps(block),
+        )
+    return out, out_grads

@@ -1,0 +1,270 @@
+"""The gate: softmax, top-k, balance loss. Dimensions: T tokens, M model, E experts, K choices."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def _split(matrix, parts, num_elements, BLOCK: tl.constexpr):
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = place < num_elements
+    rest = tl.load(matrix + place, mask=inside).to(tl.float32)
+    for part in tl.static_range(3):
+        rounded = rest.to(tl.bfloat16)
+        tl.store(parts + part * num_elements + place, rounded, mask=inside)
+        rest -= rounded.to(tl.float32)
+
+
+def split_bf16(matrix: Tensor) -> Tensor:
+    """Three bfloat16 matrices whose sum is a float32 one to its last bit or two.
+
+    Args:
+        matrix: [E, M] float32.
+
+    Returns:
+        [3 * E, M] bfloat16: the rounded matrix, what rounding left, rounded, and what that left.
+    """
+    parts = torch.empty(3 * matrix.shape[0], matrix.shape[1], dtype=torch.bfloat16, device=matrix.device)
+    _split[(triton.cdiv(matrix.numel(), 1024),)](matrix.contiguous(), parts, matrix.numel(), 1024)
+    return parts
+
+
+@triton.jit
+def _route(
+    logits,
+    probs,
+    ids,
+    weights,
+    prob_sums,
+    counts,
+    firsts,
+    num_tokens,
+    PARTS: tl.constexpr,
+    E: tl.constexpr,
+    K: tl.constexpr,
+    TOKENS: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    CHOICES: tl.constexpr,
+):
+    block = tl.program_id(0)
+    token = block.to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
+    real, expert = (token < num_tokens)[:, None], tl.arange(0, EXPERTS)[None, :]
+    inside = real & (expert < E)
+    first_part = logits + token[:, None] * (PARTS * E) + expert
+    logit = tl.load(first_part, mask=inside, other=0.0)
+    for part in tl.static_range(1, PARTS):
+        logit += tl.load(first_part + part * E, mask=inside, other=0.0)
+    logit = tl.where(expert < E, logit, -float("inf"))
+    e = tl.exp(logit - tl.max(logit, axis=1)[:, None])
+    prob = e / tl.sum(e, axis=1)[:, None]
+    tl.store(probs + token[:, None] * E + expert, prob, mask=inside)
+    left = tl.where(expert < E, prob, -1.0)
+    choice = tl.arange(0, CHOICES)[None, :]
+    chosen = tl.zeros([TOKENS, CHOICES], tl.int64)
+    chosen_prob = tl.zeros([TOKENS, CHOICES], tl.float32)
+    count = tl.zeros([EXPERTS], tl.int32)
+    first = tl.zeros([EXPERTS], tl.int32)
+    for k in tl.static_range(K):
+        best = tl.argmax(left, axis=1)[:, None]
+        chosen = tl.where(choice == k, best.to(tl.int64), chosen)
+        chosen_prob = tl.where(choice == k, tl.max(left, axis=1)[:, None], chosen_prob)
+        count += tl.sum((real & (expert == best)).to(tl.int32), axis=0)
+        if k == 0:
+            first = count
+        left = tl.where(expert == best, -1.0, left)
+    if K > 1:
+        chosen_prob = chosen_prob / tl.maximum(tl.sum(chosen_prob, axis=1), 1.1920929e-07)[:, None]
+    places = token[:, None] * K + choice
+    tl.store(ids + places, chosen, mask=real & (choice < K))
+    tl.store(weights + places, chosen_prob, mask=real & (choice < K))
+    column = block * E + tl.arange(0, EXPERTS)
+    tl.store(prob_sums + column, tl.sum(tl.where(inside, prob, 0.0), axis=0), mask=tl.arange(0, EXPERTS) < E)
+    tl.store(counts + column, count, mask=tl.arange(0, EXPERTS) < E)
+    tl.store(firsts + column, first, mask=tl.arange(0, EXPERTS) < E)
+
+
+@triton.jit
+def _balance(
+    prob_sums,
+    counts,
+    firsts,
+    counts_E,
+    shares_E,
+    aux_loss,
+    num_tokens,
+    num_blocks,
+    E: tl.constexpr,
+    K: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    EXPERTS: tl.constexpr,
+):
+    expert = tl.arange(0, EXPERTS)
+    prob = tl.zeros([EXPERTS], tl.float32)
+    count = tl.zeros([EXPERTS], tl.int32)
+    first = tl.zeros([EXPERTS], tl.int32)
+    for start in range(0, num_blocks, BLOCKS):
+        block = start + tl.arange(0, BLOCKS)
+        place = block[:, None] * E + expert[None, :]
+        inside = (block < num_blocks)[:, None] & (expert < E)[None, :]
+        prob += tl.sum(tl.load(prob_sums + place, mask=inside, other=0.0), axis=0)
+        count += tl.sum(tl.load(counts + place, mask=inside, other=0), axis=0)
+        first += tl.sum(tl.load(firsts + place, mask=inside, other=0), axis=0)
+    if K <= 2:
+        share = first.to(tl.float32) / num_tokens
+    else:
+        share = count.to(tl.float32) / (num_tokens * K)
+    tl.store(counts_E + expert, count.to(tl.int64), mask=expert < E)
+    tl.store(shares_E + expert, share, mask=expert < E)
+    tl.store(aux_loss, E * tl.sum(share * (prob / num_tokens), axis=0))
+
+
+def route(logits: Tensor, num_experts: int, top_k: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Softmax, the K largest (of equals the first), their weights (the probability for K = 1, else normalised), and the
+    balance loss of `moe.gate.balance_loss`.
+
+    Args:
+        logits: [T, parts * E] float32, T > 0; the parts are added first.
+        num_experts: E.
+        top_k: K.
+
+    Returns:
+        probs [T, E] float32, ids [T, K] int64, weights [T, K] float32, counts [E] int64 of the choices, the balance
+        loss (scalar float32), and the shares [E] float32 that it weighs the mean probabilities with.
+    """
+    num_tokens, parts, device = len(logits), logits.shape[1] // num_experts, logits.device
+    experts, choices = triton.next_power_of_2(num_experts), triton.next_power_of_2(top_k)
+    tokens = max(4, min(64, 8192 // experts))
+    num_blocks = triton.cdiv(num_tokens, tokens)
+    probs = torch.empty(num_tokens, num_experts, device=device)
+    ids = torch.empty(num_tokens, top_k, dtype=torch.int64, device=device)
+    weights = torch.empty(num_tokens, top_k, device=device)
+    sums = torch.empty(num_blocks, num_experts, device=device)
+    counted = torch.empty(2, num_blocks, num_experts, dtype=torch.int32, device=device)
+    _route[(num_blocks,)](
+        logits,
+        probs,
+        ids,
+        weights,
+        sums,
+        counted[0],
+        counted[1],
+        num_tokens,
+        parts,
+        num_experts,
+        top_k,
+        tokens,
+        experts,
+        choices,
+        num_warps=4,
+    )
+    counts_E = torch.empty(num_experts, dtype=torch.int64, device=device)
+    shares_E, aux_loss = torch.empty(num_experts, device=device), torch.empty((), device=device)
+    _balance[(1,)](
+        sums,
+        counted[0],
+        counted[1],
+        counts_E,
+        shares_E,
+        aux_loss,
+        num_tokens,
+        num_blocks,
+        num_experts,
+        top_k,
+        max(4, 8192 // experts),
+        experts,
+        num_warps=8,
+    )
+    return probs, ids, weights, counts_E, aux_loss, shares_E
+
+
+@triton.jit
+def _route_backward(
+    probs,
+    ids,
+    grad_weights,
+    grad_probs,
+    grad_aux,
+    shares,
+    grad_logits,
+    aux_scale,
+    HAS_PROBS: tl.constexpr,
+    HAS_AUX: tl.constexpr,
+    PARTS: tl.constexpr,
+    E: tl.constexpr,
+    K: tl.constexpr,
+    EXPERTS: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    expert = tl.arange(0, EXPERTS)
+    inside = expert < E
+    prob = tl.load(probs + token * E + expert, mask=inside, other=0.0)
+    total = 0.0
+    along = 0.0
+    for k in tl.static_range(K):
+        p = tl.load(probs + token * E + tl.load(ids + token * K + k))
+        total += p
+        along += p * tl.load(grad_weights + token * K + k)
+    total = tl.maximum(total, 1.1920929e-07)
+    grad = tl.zeros([EXPERTS], tl.float32)
+    if HAS_PROBS:
+        grad += tl.load(grad_probs + token * E + expert, mask=inside, other=0.0)
+    if HAS_AUX:
+        grad += tl.load(grad_aux) * aux_scale * tl.load(shares + expert, mask=inside, other=0.0)
+    for k in tl.static_range(K):
+        g = tl.load(grad_weights + token * K + k)
+        if K > 1:
+            g = (g - along / total) / total
+        grad += tl.where(expert == tl.load(ids + token * K + k), g, 0.0)
+    rest = prob * (grad - tl.sum(prob * grad, axis=0))
+    for part in tl.static_range(PARTS):
+        rounded = rest.to(grad_logits.dtype.element_ty)
+        tl.store(grad_logits + (token * PARTS + part) * E + expert, rounded, mask=inside)
+        rest -= rounded.to(tl.float32)
+
+
+def route_backward(
+    probs_TE: Tensor,
+    ids_TK: Tensor,
+    shares_E: Tensor,
+    grad_weights_TK: Tensor,
+    grad_probs_TE: Tensor | None,
+    grad_aux: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Gradient of the logits.
+
+    Args:
+        probs_TE, ids_TK, shares_E: of `route`.
+        grad_weights_TK: [T, K] float32, gradient of its weights.
+        grad_probs_TE: [T, E] float32, gradient of its probabilities, or None.
+        grad_aux: scalar float32, gradient of the balance loss, or None.
+        dtype: of the result.
+
+    Returns:
+        [T, E] float32, or [T, 2 * E] bfloat16: the rounded gradient and what rounding left, rounded.
+    """
+    num_tokens, num_experts = probs_TE.shape
+    parts = 2 if dtype == torch.bfloat16 else 1
+    grad_logits = torch.empty(num_tokens, parts * num_experts, dtype=dtype, device=probs_TE.device)
+    _route_backward[(num_tokens,)](
+        probs_TE,
+        ids_TK,
+        grad_weights_TK.contiguous(),
+        probs_TE if grad_probs_TE is None else grad_probs_TE.contiguous(),
+        shares_E if grad_aux is None else grad_aux,
+        shares_E,
+        grad_logits,
+        num_experts / num_tokens,
+        grad_probs_TE is not None,
+        grad_aux is not None,
+        parts,
+        num_experts,
+        ids_TK.shape[1],
+        triton.next_power_of_2(num_experts),
+        num_warps=1,
+    )
+    return grad_logits

@@ -1,0 +1,201 @@
+"""Token dispatch inside a node without messages: each rank reads the tokens that chose its experts out of the other
+ranks' memory, straight into its experts' rows, and writes their sums back.
+
+A token crosses to a rank once, however many of that rank's experts it chose, and comes back as one row. There is no
+send order and no permutation on arrival, and no counts are exchanged: all ranks see all choices. Weights are applied by
+the experts, so that nothing of the way back is kept for the backward pass.
+
+Dimensions: T tokens of this rank, K choices, P ranks of the expert-parallel group, M model, L experts a rank, R rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe import metering, ops
+from moe.dispatch import Dispatcher
+from moe.gate import Routing
+from moe.mesh import Mesh
+from moe.peers import Workspace, shared_workspace
+
+
+@dataclass
+class PeerPlan:
+    """Where the copies of one layer call travel.
+
+    Attributes:
+        chosen_TK: [T, K] int64, E where the copy is dropped.
+        places_PTK: [P, T, K] int32, the row of every rank's copies on this rank, or -1.
+        expert_rows: copies for each of this rank's L experts.
+        expert_ends: [L] int32, the row behind each expert's last.
+        row_weights: [R] float32, what the experts' rows are to be multiplied by.
+    """
+
+    chosen_TK: Tensor
+    places_PTK: Tensor
+    expert_rows: list[int]
+    expert_ends: Tensor
+    row_weights: Tensor | None = None
+
+
+class _Pull(torch.autograd.Function):
+    """Tokens [T, M] and weights [T, K] to rows [R, M] and their weights [R]; backward they come home as sums."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x_TM: Tensor, weights_TK: Tensor, exchange: PeerDispatcher, plan: PeerPlan
+    ) -> tuple[Tensor, Tensor]:
+        ctx.exchange, ctx.plan = exchange, plan
+        return exchange.pull(x_TM, plan, weights_TK)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
+        return *ctx.exchange.push(grads[0].contiguous(), ctx.plan, grads[1].contiguous()), None, None
+
+
+class _Push(torch.autograd.Function):
+    """Rows [R, M] to their sums over each token's copies [T, M]; backward every row gets its token's gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, rows_RM: Tensor, exchange: PeerDispatcher, plan: PeerPlan) -> Tensor:
+        ctx.exchange, ctx.plan = exchange, plan
+        return exchange.push(rows_RM, plan)[0]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        grad_TM = grads[0].contiguous()
+        ctx.exchange.stage(grad_TM)
+        return ctx.exchange.pull(grad_TM, ctx.plan)[0], None, None
+
+
+class PeerDispatcher(Dispatcher):
+    """Dispatch and combine over memory that the ranks of a group share.
+
+    Args:
+        mesh: its expert-parallel group is used; see `moe.peers.peers_reach_each_other`.
+        num_experts: E, over the group.
+        workspace: to use instead of the process' own (tests bring memory of a CPU).
+    """
+
+    def __init__(self, mesh: Mesh, num_experts: int, workspace: Workspace | None = None) -> None:
+        self.mesh, self.me, self.num_ranks = mesh, mesh.ep_rank, mesh.ep_size
+        self.num_experts, self.num_local = num_experts, num_experts // mesh.ep_size
+        self.experts = range(self.me * self.num_local, (self.me + 1) * self.num_local)
+        self.workspace = workspace
+        self._no_peers = torch.zeros(1, dtype=torch.int64, device=mesh.device)
+        self._ends_on_host = torch.empty(self.num_local, dtype=torch.int32, pin_memory=mesh.device.type == "cuda")
+
+    @property
+    def workspace_bytes(self) -> int:
+        """Of the memory that ranks share, also with other layers of this shape."""
+        return 0 if self.workspace is None else self.workspace.num_bytes
+
+    def dispatch(self, x_TM: Tensor, routing: Routing) -> tuple[Tensor, PeerPlan]:
+        """As `Dispatcher.dispatch`. The largest T of all ranks bounds later calls, unless all exceed it together."""
+        x_TM = _aligned(x_TM)
+        chosen_TK, weights_TK = routing.expert_ids_TK, routing.weights_TK.contiguous()
+        if routing.kept_TK is not None:
+            chosen_TK = torch.where(routing.kept_TK, chosen_TK, self.num_experts)
+        chosen_TK = chosen_TK.contiguous()
+        if self.num_ranks > 1:
+            if self.workspace is None or len(x_TM) > self.workspace.max_tokens:
+                self.workspace = shared_workspace(self.mesh, x_TM, chosen_TK.shape[1])
+            space, num_tokens = self.workspace, len(x_TM)
+            space.ids_TK[:num_tokens].copy_(chosen_TK)
+            space.ids_TK[num_tokens:] = self.num_experts
+            space.weights_TK[:num_tokens].copy_(weights_TK.detach())
+            self.stage(x_TM.detach())
+        plan = self._plan(chosen_TK)
+        rows_RM, plan.row_weights = _Pull.apply(x_TM, weights_TK, self, plan)
+        return rows_RM, plan
+
+    def combine(self, rows_RM: Tensor, plan: PeerPlan, weights_TK: Tensor) -> Tensor:
+        """As `Dispatcher.combine`; the rows come weighted."""
+        return _Push.apply(rows_RM, self, plan)
+
+    def stage(self, rows_TM: Tensor) -> None:
+        """Lay rows [T, M] out for the other ranks to read; they may once their queue has passed the barrier here."""
+        if self.num_ranks > 1:
+            assert self.workspace is not None
+            self.workspace.tokens_TM[: len(rows_TM)].copy_(rows_TM)
+            self.workspace.memory.barrier()
+
+    def _plan(self, chosen_TK: Tensor) -> PeerPlan:
+        """Lay out the rows of all ranks' copies; the host waits for their number while the GPU lays them out."""
+        space = self.workspace
+        if space is None:
+            rows = ops.kernels().LocalRows(self._no_peers, 0, chosen_TK, self.me, self.experts)
+        else:
+            rows = ops.kernels().LocalRows(space.memory.pointers, space.ids_at, space.ids_TK, self.me, self.experts)
+        self._ends_on_host.copy_(rows.ends, non_blocking=True)
+        known = torch.cuda.Event() if chosen_TK.is_cuda else None
+        if known is not None:
+            known.record()
+        places_PTK = rows.places()
+        if known is not None:
+            known.synchronize()
+        ends = self._ends_on_host.tolist()
+        expert_rows = [end - start for start, end in zip([0, *ends], ends, strict=False)]
+        return PeerPlan(chosen_TK, places_PTK, expert_rows, rows.ends)
+
+    def pull(self, own_TM: Tensor, plan: PeerPlan, weights_TK: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Rows [R, M] of this rank's experts from what ranks have staged, and their weights [R] where asked for."""
+        space = self.workspace
+        if space is not None:
+            copied = own_TM.shape[1] * own_TM.element_size()
+            along = plan.chosen_TK.numel() * 12 if weights_TK is not None else 0
+            self._tell(lambda: [copied * sent + along for sent in self._tokens_for_ranks(plan.chosen_TK)])
+        pointers = self._no_peers if space is None else space.memory.pointers
+        tokens_at, weights_at = (0, 0) if space is None else (space.tokens_at, space.weights_at)
+        num_rows = sum(plan.expert_rows)
+        return ops.kernels().pull_rows(
+            pointers, self.me, own_TM, tokens_at, plan.places_PTK, num_rows, weights_TK, weights_at
+        )
+
+    def push(self, rows_RM: Tensor, plan: PeerPlan, row_grads_R: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Sums of rows [T, M] on the tokens' own ranks; with gradients [R] of the row weights, these as [T, K] too."""
+        fast, (num_tokens, top_k) = ops.kernels(), plan.chosen_TK.shape
+        space = self.workspace
+        if space is None:
+            sums_TM = rows_RM.new_empty(num_tokens, rows_RM.shape[1])
+            grads_TK = None if row_grads_R is None else row_grads_R.new_zeros(num_tokens, top_k)
+            fast.push_sums(self._no_peers, 0, rows_RM, plan.places_PTK, sums_TM.unsqueeze(1), 0, row_grads_R, grads_TK)
+            return sums_TM, grads_TK
+        row_bytes = rows_RM.shape[1] * rows_RM.element_size()
+        self._tell(lambda: ((plan.places_PTK >= 0).any(2).sum(1) * row_bytes).tolist())
+        fast.push_sums(
+            space.memory.pointers,
+            self.me,
+            rows_RM,
+            plan.places_PTK,
+            space.slots_TJM,
+            space.slots_at,
+            row_grads_R,
+            None if row_grads_R is None else space.weight_grads_TK,
+            space.weight_grads_at,
+        )
+        space.memory.barrier()
+        grads_TK = None if row_grads_R is None else space.weight_grads_TK[:num_tokens]
+        return fast.sum_partials(
+            space.slots_TJM[:num_tokens], plan.chosen_TK, self.num_experts, self.num_local, grads_TK
+        )
+
+    def _tokens_for_ranks(self, chosen_TK: Tensor) -> list[int]:
+        """How many of this rank's tokens each rank reads."""
+        rank_TK = chosen_TK // self.num_local
+        return [int((rank_TK == rank).any(1).sum()) for rank in range(self.num_ranks)]
+
+    def _tell(self, bytes_per_peer: Any) -> None:
+        """Byte meters see messages only; what is read and written in place is told, when one listens."""
+        for meter in metering.INSTALLED:
+            meter.count_all_to_all(bytes_per_peer(), self.mesh.ep_group)
+
+
+def _aligned(x_TM: Tensor) -> Tensor:
+    """The same rows, contiguous from a 16-byte boundary on, as kernels take them."""
+    x_TM = x_TM.contiguous()
+    return x_TM if x_TM.data_ptr() % 16 == 0 else x_TM.clone()
