@@ -1,4 +1,4 @@
-"""How the time of a layer grows with its sizes. `python -m analysis.growth outputs/layer-...` draws it and writes a table.
+"""How the time of a layer grows with its sizes: `python -m analysis.growth outputs/layer-...` draws and tabulates it.
 
 Reads a layer benchmark whose shapes vary one size at a time from a base, such as `experiments.layer
 experiment=native_layer_growth`.
@@ -136,7 +136,7 @@ def format_growth(growth: pd.DataFrame) -> str:
         if row.status != "ok":
             lines.append(head + str(row.status))
             continue
-        line = f"{significant(row.time_s * 1e3, 3)} ms, {significant(row.time_over_floor, 3)} of the floor"
+        line = f"{significant(row.time_s * 1e3, 3)} ms, {significant(row.time_over_floor, 3)} times the floor"
         if math.isfinite(row.time_ratio):
             line += f", {significant(row.time_ratio, 3)} times the point before for {row.work_ratio:g} times the work"
         lines.append(head + line + ("  <- step" if row.step else ""))

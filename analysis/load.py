@@ -40,7 +40,8 @@ class Run:
 
     Attributes:
         path: the folder.
-        system, implementation: the system's label (its name, where it was given none), and `native`, `upstream` or `unknown` (nothing was written that says it).
+        system: its label, which is its name where none was given.
+        implementation: `native`, `upstream` or `unknown` (nothing was written that says it).
         seed: None when nothing says it.
         status: of status.json, or `missing` (no folder or no status), or `corrupt` (a file can't be read).
         reason: why it is not done, one line; empty for a done run.

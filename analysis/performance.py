@@ -68,7 +68,7 @@ def performance_block(folders: Sequence[Path], root: Path) -> str:
         ResultsError: a folder without samples.
     """
     names = [Path(os.path.relpath(folder.resolve(), root.resolve())).as_posix() for folder in folders]
-    tables = [table for name in names for table in _tables(root / name, name)]
+    tables = [table for folder, name in zip(folders, names, strict=True) for table in _tables(folder, name)]
     return "\n".join([f"<!-- performance:begin {' '.join(names)} -->", *tables, "<!-- performance:end -->"])
 
 
@@ -142,7 +142,9 @@ def _cells(samples: Samples, shape: str, workload: str) -> list[Cell]:
         values = {str(metric): group["value"].to_numpy() for metric, group in rows.groupby("metric")}
         if "step_time" in values:
             numbers = [max(values.get(metric, [np.nan])) for metric in ("peak_memory", "dropped_copies")]
-            cells.append(Cell(system, implementation, values["step_time"], values.get("floor_time", np.empty(0)), *numbers))
+            cells.append(
+                Cell(system, implementation, values["step_time"], values.get("floor_time", np.empty(0)), *numbers)
+            )
     return cells
 
 

@@ -148,13 +148,13 @@ def bootstrap_mean_ratio(pairs: Sequence[tuple[ArrayLike, ArrayLike]]) -> Interv
     """
     if not pairs:
         raise ValueError("a mean needs at least one ratio")
-    checked = [(bootstrap_ratio(*pair).value, *map(_checked, pair)) for pair in pairs]
-    strata = [index for index, (_, top, _) in enumerate(checked) for _ in top]
-    indices = resampled_indices(len(strata), strata)
-    logs, start = np.zeros(len(indices)), 0
-    for _, top, bottom in checked:
-        own = indices[:, start : start + len(top)] - start
+    ratios = [bootstrap_ratio(*pair).value for pair in pairs]
+    sides = [(_checked(top), _checked(bottom)) for top, bottom in pairs]
+    strata = [index for index, (top, _) in enumerate(sides) for _ in range(len(top))]
+    drawn = resampled_indices(len(strata), strata)
+    logs, start = np.zeros(len(drawn)), 0
+    for top, bottom in sides:
+        own = drawn[:, start : start + len(top)] - start
         logs += np.log(np.median(top[own], axis=1) / np.median(bottom[own], axis=1))
         start += len(top)
-    value = float(np.exp(np.mean([np.log(ratio) for ratio, _, _ in checked])))
-    return Interval(value, *_percentiles(np.exp(logs / len(checked))))
+    return Interval(float(np.exp(np.mean(np.log(ratios)))), *_percentiles(np.exp(logs / len(sides))))

@@ -119,9 +119,7 @@ def suite_style() -> Iterator[None]:
         yield
 
 
-def new_figure(
-    height_inches: float, width_inches: float = COLUMN_INCHES, **subplots: Any
-) -> tuple[Figure, list[Axes]]:
+def new_figure(height_inches: float, width_inches: float = COLUMN_INCHES, **subplots: Any) -> tuple[Figure, list[Axes]]:
     """A figure with a list of its panels, row by row; `subplots` goes to `Figure.subplots`.
 
     Made without pyplot: no global list of figures, no display, and a notebook's backend stays as it is.

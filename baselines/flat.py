@@ -46,6 +46,8 @@ class Flat(System):
             return NativeMoE(spec, mesh, dispatcher=AllToAllDispatcher(mesh, spec.num_experts))
         if kind == "peer":
             if not (ops.HAS_TRITON and peers_reach_each_other(mesh)):
-                raise Refused("flat's dispatcher=peer needs Triton and GPUs of one node that reach each other's memory.")
+                raise Refused(
+                    "flat's dispatcher=peer needs Triton and GPUs of one node that reach each other's memory."
+                )
             return NativeMoE(spec, mesh, dispatcher=PeerDispatcher(mesh, spec.num_experts))
         return NativeMoE(spec, mesh)

@@ -133,23 +133,24 @@ class _GroupedFFN(torch.autograd.Function):
         swiglu: bool,
     ) -> Tensor:
         hidden = F.grouped_mm(rows_RM, w_in.mT, offs=ends_L)
-        ctx.save_for_backward(rows_RM, w_in, w_out, row_weights_R, ends_L, hidden)
-        ctx.swiglu, ctx.spent = swiglu, False
+        ctx.save_for_backward(w_in, w_out, row_weights_R, ends_L)
+        ctx.kept, ctx.swiglu = (rows_RM, hidden), swiglu  # not saved tensors: these can't be let go one by one
         return F.grouped_mm(ops.kernels().activate(hidden, swiglu, row_weights_R), w_out.mT, offs=ends_L)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None, None, None]:
-        if ctx.spent:
+        if ctx.kept is None:
             raise RuntimeError("a second backward through the same forward: its hidden values were overwritten")
-        ctx.spent = True
-        rows_RM, w_in, w_out, row_weights_R, ends_L, hidden = ctx.saved_tensors
+        (rows_RM, hidden), ctx.kept = ctx.kept, None
+        w_in, w_out, row_weights_R, ends_L = ctx.saved_tensors
         grad_RM = grads[0].contiguous()
         activation = F.grouped_mm(grad_RM, w_out, offs=ends_L)
         grad_weights_R = ops.kernels().activate_backward_(hidden, activation, ctx.swiglu, row_weights_R)
         grad_out = F.grouped_mm(grad_RM.t(), activation, offs=ends_L)
         del activation
-        grad_rows = F.grouped_mm(hidden, w_in, offs=ends_L)
-        return grad_rows, F.grouped_mm(hidden.t(), rows_RM, offs=ends_L), grad_out, grad_weights_R, None, None
+        grad_in = F.grouped_mm(hidden.t(), rows_RM, offs=ends_L)
+        del rows_RM
+        return F.grouped_mm(hidden, w_in, offs=ends_L), grad_in, grad_out, grad_weights_R, None, None
 
 
 class _GroupedLinear(torch.autograd.Function):

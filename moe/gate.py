@@ -5,6 +5,7 @@ Dimensions: T tokens, M model, E experts, K choices.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -36,7 +37,12 @@ class Routing(NamedTuple):
     @property
     def num_dropped(self) -> Tensor:
         """Copies that are dropped, scalar int64."""
-        return self.counts_E.new_zeros(()) if self.kept_TK is None else (~self.kept_TK).sum()
+        return _none_dropped(self.counts_E.device) if self.kept_TK is None else (~self.kept_TK).sum()
+
+
+@cache
+def _none_dropped(device: torch.device) -> Tensor:
+    return torch.zeros((), dtype=torch.int64, device=device)
 
 
 def balance_loss(probs_TE: Tensor, expert_ids_TK: Tensor) -> Tensor:

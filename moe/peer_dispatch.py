@@ -67,7 +67,7 @@ class _Push(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        grad_TM = grads[0].contiguous()
+        grad_TM = _aligned(grads[0])
         ctx.exchange.stage(grad_TM)
         return ctx.exchange.pull(grad_TM, ctx.plan)[0], None, None
 
@@ -104,11 +104,11 @@ class PeerDispatcher(Dispatcher):
         if self.num_ranks > 1:
             if self.workspace is None or len(x_TM) > self.workspace.max_tokens:
                 self.workspace = shared_workspace(self.mesh, x_TM, chosen_TK.shape[1])
-            space, num_tokens = self.workspace, len(x_TM)
-            space.ids_TK[:num_tokens].copy_(chosen_TK)
-            space.ids_TK[num_tokens:] = self.num_experts
-            space.weights_TK[:num_tokens].copy_(weights_TK.detach())
-            self.stage(x_TM.detach())
+            space = self.workspace
+            ops.kernels().stage_tokens(
+                x_TM, chosen_TK, weights_TK, space.tokens_TM, space.ids_TK, space.weights_TK, self.num_experts
+            )
+            space.memory.barrier()
         plan = self._plan(chosen_TK)
         rows_RM, plan.row_weights = _Pull.apply(x_TM, weights_TK, self, plan)
         return rows_RM, plan

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -10,13 +11,13 @@ import pytest
 
 from analysis.errors import ResultsError
 from analysis.performance import main, performance_block, write_block
-from tests.analysis_results import LABELS, layer_rows, write_manifest, write_parquet
+from tests.analysis_results import LABELS, Rows, layer_rows, write_manifest, write_parquet
 
 MARKERS = "# Title\n\n<!-- performance:begin -->\n<!-- performance:end -->\n\nAfter.\n"
 MEBIBYTE = 2**20
 
 
-def upstream(system: str, shape: str, seconds: float, mebibytes: float, dropped: int = 0, **more: str) -> list:
+def upstream(system: str, shape: str, seconds: float, mebibytes: float, dropped: int = 0, **more: Any) -> Rows:
     """Samples of an upstream package."""
     return layer_rows(
         system, shape, seconds, implementation="upstream", peak_bytes=mebibytes * MEBIBYTE, dropped=dropped, **more
@@ -37,7 +38,7 @@ def published(folder: Path, workload: str = "uniform") -> Path:
         *upstream("tutel 2DH", "broken", 0.0, 0, status="oom: 2 GiB | more", workload=workload),
         *layer_rows("flat", "alone", 0.05, floor_s=0.04, workload=workload),
     ]
-    shapes = {name: {} for name in ("small", "broken", "large", "alone")}
+    shapes: dict[str, Any] = {name: {} for name in ("small", "broken", "large", "alone")}
     write_parquet(folder / "samples.parquet", pd.DataFrame(rows), LABELS | {"shapes": shapes})
     write_manifest(folder)
     return folder
@@ -52,7 +53,9 @@ def cells(block: str) -> dict[str, list[str]]:
 
 def number(text: str) -> tuple[float, float, float]:
     """(value, low, high) of `1.2 [1.1, 1.3]`."""
-    value, low, high = (float(word) for word in text.split(" (")[0].replace("[", "").strip("]").replace(",", "").split())
+    value, low, high = (
+        float(word) for word in text.split(" (")[0].replace("[", "").strip("]").replace(",", "").split()
+    )
     return value, low, high
 
 

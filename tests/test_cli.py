@@ -125,8 +125,8 @@ MISTAKES = [
     (("a:=3",), [r"a:=3: can't be read \(.*\). Fix: write key=value"]),
     (("hydra.rnu=3",), [r"overrides=hydra.rnu=3: can't be composed \(.*rnu.*\). Fix: see --cfg job"]),
     (
-        ("system.overlap=2",),
-        [r"system.overlap=2: the system flat has no such option. Fix: remove it; there are no options"],
+        ("system=reference", "system.overlap=2"),
+        [r"system.overlap=2: the system reference has no such option. Fix: remove it; there are no options"],
     ),
     (
         ("model.num_experts=-3", "model.top_k=99", "trainer.lr=abc"),

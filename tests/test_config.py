@@ -191,7 +191,7 @@ def test_options_are_the_system_s_own() -> None:
     assert unknown.fix.startswith("did you mean use_rts? The options are ")
     assert (mistyped.key, mistyped.value) == ("system.min_capacity", "four")
     assert mistyped.rule == "must be a whole number of at least 0"
-    (found,) = problems("train", {"system.overlap": 2})
+    (found,) = problems("train", {"system": {"name": "reference", "overlap": 2}})
     assert found.fix == "remove it; there are no options"
 
 
@@ -350,7 +350,7 @@ def test_run_id_is_stable_under_what_changes_no_number(changes: dict[str, Any]) 
 
 REAL_CHANGES: list[dict[str, Any]] = [
     {"seed": 1},
-    {"system.name": "reference"},
+    {"system": {"name": "reference"}},
     {"model.num_experts": 16},
     {"model.capacity_factor": 1},
     {"trainer.lr": 2e-3},

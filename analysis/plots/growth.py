@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -11,7 +13,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from analysis.style import GREY, PAGE_INCHES, caption, look_of, new_figure, panel, shortened
 
 TITLES = {"tokens_per_rank": "tokens per rank", "num_experts": "experts", "top_k": "choices a token"}
-FLOOR = {"color": GREY, "linestyle": (0, (3, 2)), "marker": "."}
+FLOOR: dict[str, Any] = {"color": GREY, "linestyle": (0, (3, 2)), "marker": "."}
 
 
 def growth_figure(growth: pd.DataFrame, kind: str, step: float, where: str) -> Figure:
@@ -24,7 +26,7 @@ def growth_figure(growth: pd.DataFrame, kind: str, step: float, where: str) -> F
         where: sentence on the hardware, for the caption.
     """
     axes_names = list(dict.fromkeys(growth["axis"]))
-    systems = list(dict.fromkeys(growth["system"]))
+    systems = list(dict.fromkeys(growth[growth["status"] == "ok"]["system"]))  # the caption tells of the others
     figure, panels = new_figure(
         3.6, width_inches=PAGE_INCHES, nrows=2, ncols=len(axes_names), sharex="col", sharey="row"
     )
@@ -44,15 +46,16 @@ def growth_figure(growth: pd.DataFrame, kind: str, step: float, where: str) -> F
         _scales(times, ratios, sorted(set(growth[growth["axis"] == name]["value"])))
         panel(times, TITLES[name], kind, grid="both")
         panel(ratios, "", kind, grid="both")
-        ratios.set_xlabel(f"{TITLES[name]}{', k = 1024' if name == 'tokens_per_rank' else ''}")
+        unit = ", k = 1024" if growth[growth["axis"] == name]["value"].max() >= 1024 else ""
+        ratios.set_xlabel(TITLES[name] + unit)
     above[0].set_ylabel("step time, ms")
     below[0].set_ylabel("step time / floor")
     below[0].set_ylim(0, 1.1 * max([1.0, *growth["over_floor_high"].dropna()]))
     figure.legend(*_legend(systems, step), loc="outside upper left", ncols=min(6, len(systems) + 2))
     caption(
         figure,
-        f"One forward and backward under {' and '.join(dict.fromkeys(growth['workload']))} routing: medians over rounds",
-        "of the slowest rank, with 95 % bootstrap intervals.",
+        f"One forward and backward under {' and '.join(dict.fromkeys(growth['workload']))} routing:",
+        "medians over rounds of the slowest rank, with 95 % bootstrap intervals.",
         "Floor: the experts' matrix products and four bare all-to-alls of the same bytes, in the same rounds.",
         _untimed(growth),
         where,
@@ -60,7 +63,7 @@ def growth_figure(growth: pd.DataFrame, kind: str, step: float, where: str) -> F
     return figure
 
 
-def _line(axes: Axes, points: pd.DataFrame, columns: tuple[str, str, str], scale: float, **style: object) -> None:
+def _line(axes: Axes, points: pd.DataFrame, columns: tuple[str, str, str], scale: float, **style: Any) -> None:
     value, low, high = (points[column].to_numpy(dtype=float) * scale for column in columns)
     # A percentile interval of few rounds may end a rounding error short of the median.
     spread = [(value - low).clip(0), (high - value).clip(0)]
@@ -83,7 +86,11 @@ def _legend(systems: list[str], step: float) -> tuple[list[Line2D], list[str]]:
     handles = [Line2D([], [], color=look_of(s).colour, marker=look_of(s).marker, markersize=3) for s in systems]
     handles.append(Line2D([], [], markersize=4, **FLOOR))
     handles.append(Line2D([], [], color="black", marker="o", markersize=7, fillstyle="none", linestyle="none"))
-    return handles, [*systems, "floor", f"step: over {100 * (step - 1):.0f} % more time per unit of work than the point before"]
+    return handles, [
+        *systems,
+        "floor",
+        f"step: over {100 * (step - 1):.0f} % more time per unit of work than the point before",
+    ]
 
 
 def _untimed(growth: pd.DataFrame) -> str:

@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moe.kernels.launch import launch
+
 
 @triton.jit
 def _gelu(x):
@@ -90,7 +92,8 @@ def activate(hidden: Tensor, swiglu: bool, row_weights_R: Tensor | None = None) 
     if out.numel():
         block, weighted = _block(width), row_weights_R is not None
         grid = (len(hidden), triton.cdiv(width, block))
-        _activate[grid](hidden, row_weights_R if weighted else hidden, out, width, swiglu, weighted, block)
+        weights = hidden if row_weights_R is None else row_weights_R
+        launch(_activate, grid, (hidden, weights, out), (), (width, swiglu, weighted, block))
     return out
 
 
@@ -110,14 +113,10 @@ def activate_backward_(
     grad_weights = None if row_weights_R is None else torch.empty_like(row_weights_R)
     if grad.numel():
         width = grad.shape[1]
-        _activate_backward[(len(grad),)](
-            hidden,
-            row_weights_R if weighted else hidden,
-            grad,
-            grad_weights if weighted else grad,
-            width,
-            swiglu,
-            weighted,
-            _block(width),
+        weights, found = (
+            (hidden if row_weights_R is None else row_weights_R),
+            (grad if grad_weights is None else grad_weights),
         )
+        constants = (width, swiglu, weighted, _block(width))
+        launch(_activate_backward, (len(grad),), (hidden, weights, grad, found), (), constants)
     return grad_weights

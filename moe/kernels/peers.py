@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moe.kernels.launch import launch
 from moe.kernels.rows import _warps
 
 PROGRAMS = 128
@@ -38,7 +39,7 @@ def _local_slots(ids, copy, num_copies, first, L: tl.constexpr):
     return tl.where((copy < num_copies) & (slot >= 0) & (slot < L), slot, -1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["offset", "me", "first", "num_copies", "copies_a_block"])
 def _count_local(
     pointers,
     own_ids,
@@ -63,7 +64,7 @@ def _count_local(
     tl.store(counts + (rank * tl.num_programs(1) + block) * EXPERTS + experts, total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_blocks"])
 def _scan_counts(counts, ends, num_blocks, L: tl.constexpr, BLOCKS: tl.constexpr, EXPERTS: tl.constexpr):
     """Counts by block and expert become, in place, the row at which a block's copies for an expert begin."""
     block, expert = tl.arange(0, BLOCKS), tl.arange(0, EXPERTS)
@@ -77,7 +78,7 @@ def _scan_counts(counts, ends, num_blocks, L: tl.constexpr, BLOCKS: tl.constexpr
     tl.store(places, before + (end - of_expert)[None, :], mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["offset", "me", "first", "num_copies", "copies_a_block"])
 def _place_local(
     pointers,
     own_ids,
@@ -131,27 +132,85 @@ class LocalRows:
         self.chunk = min(max(16, 8192 // self.width), max(16, triton.next_power_of_2(copies)))
         self.grid = (num_ranks, num_blocks)
         self.copies_a_block = triton.cdiv(copies, self.chunk) * self.chunk
-        self.given = pointers, own_ids, offset, me, experts.start
+        self.given = pointers, own_ids
         self.num_local = len(experts)
         device = own_ids.device
         self.starts = torch.empty(num_ranks * num_blocks, self.width, dtype=torch.int32, device=device)
         self.ends = torch.empty(self.num_local, dtype=torch.int32, device=device)
-        sizes = self.num_copies, self.copies_a_block, self.num_local, self.chunk, self.width
-        _count_local[self.grid](pointers, own_ids, self.starts, offset, me, experts.start, *sizes)
-        table = triton.next_power_of_2(len(self.starts))
-        warps = min(16, max(1, table * self.width // 1024))
-        _scan_counts[(1,)](self.starts, self.ends, len(self.starts), self.num_local, table, self.width, num_warps=warps)
+        self.numbers = offset, me, experts.start, self.num_copies, self.copies_a_block
+        self.constants = self.num_local, self.chunk, self.width
+        launch(_count_local, self.grid, (pointers, own_ids, self.starts), self.numbers, self.constants)
+        num_blocks, table = len(self.starts), triton.next_power_of_2(len(self.starts))
+        launch(
+            _scan_counts,
+            (1,),
+            (self.starts, self.ends),
+            (num_blocks,),
+            (self.num_local, table, self.width),
+            num_warps=min(16, max(1, table * self.width // 1024)),
+        )
 
     def places(self) -> Tensor:
         """The second step. Returns [P, T, K] int32, the row of each copy, -1 where another rank computes it."""
-        pointers, own_ids, offset, me, first = self.given
+        pointers, own_ids = self.given
         places = torch.empty(len(pointers), *own_ids.shape, dtype=torch.int32, device=own_ids.device)
-        sizes = self.num_copies, self.copies_a_block, self.num_local, self.chunk, self.width
-        _place_local[self.grid](pointers, own_ids, self.starts, places, offset, me, first, *sizes)
+        launch(_place_local, self.grid, (pointers, own_ids, self.starts, places), self.numbers, self.constants)
         return places
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
+def _stage_tokens(
+    tokens,
+    ids,
+    weights,
+    out,
+    out_ids,
+    out_weights,
+    num_tokens,
+    E: tl.constexpr,
+    K: tl.constexpr,
+    M: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    here = (columns < M) & (token < num_tokens)
+    tl.store(out + token * M + columns, tl.load(tokens + token * M + columns, mask=here), mask=here)
+    for k in tl.static_range(K):
+        place = token * K + k
+        tl.store(out_ids + place, tl.load(ids + place, mask=token < num_tokens, other=E))
+        tl.store(out_weights + place, tl.load(weights + place, mask=token < num_tokens, other=0.0))
+
+
+def stage_tokens(
+    x_TM: Tensor,
+    ids_TK: Tensor,
+    weights_TK: Tensor,
+    tokens_TM: Tensor,
+    staged_ids_TK: Tensor,
+    staged_weights_TK: Tensor,
+    num_experts: int,
+) -> None:
+    """Lay this rank's tokens, choices and weights out for the other ranks; places beyond its T choose no expert.
+
+    Args:
+        x_TM, ids_TK, weights_TK: [T, M], [T, K] int64 and float32.
+        tokens_TM, staged_ids_TK, staged_weights_TK: where to, of at least T tokens.
+        num_experts: E, the id that chooses none.
+    """
+    max_tokens, model_dim = tokens_TM.shape
+    block = triton.next_power_of_2(model_dim)
+    launch(
+        _stage_tokens,
+        (max_tokens,),
+        (x_TM, ids_TK, weights_TK, tokens_TM, staged_ids_TK, staged_weights_TK),
+        (len(x_TM),),
+        (num_experts, ids_TK.shape[1], model_dim, block),
+        num_warps=_warps(block),
+    )
+
+
+@triton.jit(do_not_specialize=["offset", "weights_offset", "me"])
 def _pull_rows(
     pointers,
     own,
@@ -215,26 +274,19 @@ def pull_rows(
     row_weights = torch.empty(num_rows, device=own_TM.device) if weighted else None
     if num_tokens:
         block = triton.next_power_of_2(model_dim)
-        _pull_rows[(num_ranks, num_tokens)](
-            pointers,
-            own_TM,
-            own_weights_TK if weighted else own_TM,
-            places_PTK,
-            rows,
-            row_weights if weighted else rows,
-            offset,
-            weights_offset,
-            me,
-            top_k,
-            model_dim,
-            block,
-            weighted,
+        own_weights = own_TM if own_weights_TK is None else own_weights_TK
+        launch(
+            _pull_rows,
+            (num_ranks, num_tokens),
+            (pointers, own_TM, own_weights, places_PTK, rows, rows if row_weights is None else row_weights),
+            (offset, weights_offset, me),
+            (top_k, model_dim, block, weighted),
             num_warps=_warps(block),
         )
     return rows, row_weights
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["offset", "grads_offset", "me"])
 def _push_sums(
     pointers,
     rows,
@@ -306,27 +358,19 @@ def push_sums(
     model_dim = rows_RM.shape[1]
     if num_tokens:
         block = triton.next_power_of_2(model_dim)
-        _push_sums[(num_ranks, num_tokens)](
-            pointers,
-            rows_RM,
-            places_PTK,
-            own_TJM,
-            rows_RM if row_grads_R is None else row_grads_R,
-            own_TJM if own_grads_TK is None else own_grads_TK,
-            offset,
-            grads_offset,
-            me,
-            top_k,
-            own_TJM.shape[1],
-            model_dim,
-            block,
-            num_ranks == 1,
-            row_grads_R is not None,
+        row_grads = rows_RM if row_grads_R is None else row_grads_R
+        own_grads = own_TJM if own_grads_TK is None else own_grads_TK
+        launch(
+            _push_sums,
+            (num_ranks, num_tokens),
+            (pointers, rows_RM, places_PTK, own_TJM, row_grads, own_grads),
+            (offset, grads_offset, me),
+            (top_k, own_TJM.shape[1], model_dim, block, num_ranks == 1, row_grads_R is not None),
             num_warps=_warps(block),
         )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_local"])
 def _sum_partials(
     partials,
     ids,
@@ -384,19 +428,13 @@ def sum_partials(
     out_grads = None if grads_TK is None else torch.empty_like(grads_TK)
     if num_tokens:
         block = triton.next_power_of_2(model_dim)
-        _sum_partials[(num_tokens,)](
-            partials_TJM,
-            ids_TK,
-            partials_TJM if grads_TK is None else grads_TK,
-            out,
-            out if out_grads is None else out_grads,
-            num_local,
-            num_experts,
-            ids_TK.shape[1],
-            slots,
-            model_dim,
-            block,
-            grads_TK is not None,
+        grads, wanted = (partials_TJM, out) if grads_TK is None or out_grads is None else (grads_TK, out_grads)
+        launch(
+            _sum_partials,
+            (num_tokens,),
+            (partials_TJM, ids_TK, grads, out, wanted),
+            (num_local,),
+            (num_experts, ids_TK.shape[1], slots, model_dim, block, grads_TK is not None),
             num_warps=_warps(block),
         )
     return out, out_grads

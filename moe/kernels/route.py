@@ -7,8 +7,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moe.kernels.launch import launch
 
-@triton.jit
+
+@triton.jit(do_not_specialize=["num_elements"])
 def _split(matrix, parts, num_elements, BLOCK: tl.constexpr):
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = place < num_elements
@@ -29,11 +31,12 @@ def split_bf16(matrix: Tensor) -> Tensor:
         [3 * E, M] bfloat16: the rounded matrix, what rounding left, rounded, and what that left.
     """
     parts = torch.empty(3 * matrix.shape[0], matrix.shape[1], dtype=torch.bfloat16, device=matrix.device)
-    _split[(triton.cdiv(matrix.numel(), 1024),)](matrix.contiguous(), parts, matrix.numel(), 1024)
+    grid = (triton.cdiv(matrix.numel(), 1024),)
+    launch(_split, grid, (matrix.contiguous(), parts), (matrix.numel(),), (1024,))
     return parts
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def _route(
     logits,
     probs,
@@ -87,7 +90,7 @@ def _route(
     tl.store(firsts + column, first, mask=tl.arange(0, EXPERTS) < E)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "num_blocks"])
 def _balance(
     prob_sums,
     counts,
@@ -143,45 +146,29 @@ def route(logits: Tensor, num_experts: int, top_k: int) -> tuple[Tensor, Tensor,
     ids = torch.empty(num_tokens, top_k, dtype=torch.int64, device=device)
     weights = torch.empty(num_tokens, top_k, device=device)
     sums = torch.empty(num_blocks, num_experts, device=device)
-    counted = torch.empty(2, num_blocks, num_experts, dtype=torch.int32, device=device)
-    _route[(num_blocks,)](
-        logits,
-        probs,
-        ids,
-        weights,
-        sums,
-        counted[0],
-        counted[1],
-        num_tokens,
-        parts,
-        num_experts,
-        top_k,
-        tokens,
-        experts,
-        choices,
-        num_warps=4,
+    counts = torch.empty(num_blocks, num_experts, dtype=torch.int32, device=device)
+    firsts = torch.empty_like(counts)
+    launch(
+        _route,
+        (num_blocks,),
+        (logits, probs, ids, weights, sums, counts, firsts),
+        (num_tokens,),
+        (parts, num_experts, top_k, tokens, experts, choices),
     )
     counts_E = torch.empty(num_experts, dtype=torch.int64, device=device)
     shares_E, aux_loss = torch.empty(num_experts, device=device), torch.empty((), device=device)
-    _balance[(1,)](
-        sums,
-        counted[0],
-        counted[1],
-        counts_E,
-        shares_E,
-        aux_loss,
-        num_tokens,
-        num_blocks,
-        num_experts,
-        top_k,
-        max(4, 8192 // experts),
-        experts,
+    launch(
+        _balance,
+        (1,),
+        (sums, counts, firsts, counts_E, shares_E, aux_loss),
+        (num_tokens, num_blocks),
+        (num_experts, top_k, max(4, 8192 // experts), experts),
         num_warps=8,
     )
     return probs, ids, weights, counts_E, aux_loss, shares_E
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["aux_scale"])
 def _route_backward(
     probs,
     ids,
@@ -250,21 +237,27 @@ def route_backward(
     num_tokens, num_experts = probs_TE.shape
     parts = 2 if dtype == torch.bfloat16 else 1
     grad_logits = torch.empty(num_tokens, parts * num_experts, dtype=dtype, device=probs_TE.device)
-    _route_backward[(num_tokens,)](
-        probs_TE,
-        ids_TK,
-        grad_weights_TK.contiguous(),
-        probs_TE if grad_probs_TE is None else grad_probs_TE.contiguous(),
-        shares_E if grad_aux is None else grad_aux,
-        shares_E,
-        grad_logits,
-        num_experts / num_tokens,
-        grad_probs_TE is not None,
-        grad_aux is not None,
-        parts,
-        num_experts,
-        ids_TK.shape[1],
-        triton.next_power_of_2(num_experts),
+    launch(
+        _route_backward,
+        (num_tokens,),
+        (
+            probs_TE,
+            ids_TK,
+            grad_weights_TK.contiguous(),
+            probs_TE if grad_probs_TE is None else grad_probs_TE.contiguous(),
+            shares_E if grad_aux is None else grad_aux,
+            shares_E,
+            grad_logits,
+        ),
+        (num_experts / num_tokens,),
+        (
+            grad_probs_TE is not None,
+            grad_aux is not None,
+            parts,
+            num_experts,
+            ids_TK.shape[1],
+            triton.next_power_of_2(num_experts),
+        ),
         num_warps=1,
     )
     return grad_logits
