@@ -1,7 +1,7 @@
 """Plain expert parallelism, dropless, from the suite's own parts; the system that the others are compared with.
 
-Between nodes and on CPUs: one all-to-all-v over all ranks each way, what Megatron-LM's `alltoall` dispatcher does. Among
-the GPUs of one node: the same through memory that they share (`moe.peer_dispatch`).
+Between nodes and on CPUs: one all-to-all-v over all ranks each way, what Megatron-LM's `alltoall` dispatcher does.
+Among the GPUs of one node: the same through memory that they share (`moe.peer_dispatch`).
 """
 
 from __future__ import annotations

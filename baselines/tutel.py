@@ -15,6 +15,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
@@ -26,6 +27,7 @@ from moe.system import ExpertView, LayerSpec, MoELayer, MoEOutput, System
 from moe.topology import Cluster
 
 PAGE = "https://github.com/microsoft/Tutel"
+LARGEST_INDEX = 2**31 - 1
 
 
 class Options(BaseModel):
@@ -84,6 +86,8 @@ class TutelLayer(MoELayer):
         chosen: list[Tensor] = []
 
         def loss(probs_TE: Tensor, expert_ids_TK: Tensor) -> Tensor:
+            if factor is None:
+                self._refuse_too_many_slots(expert_ids_TK)
             chosen.append(expert_ids_TK)
             return balance_loss(probs_TE, expert_ids_TK)
 
@@ -92,6 +96,20 @@ class TutelLayer(MoELayer):
         counts_E = torch.bincount(chosen[0].flatten(), minlength=spec.num_experts)
         dropped = (counts_E - capacity).clamp_min(0).sum().long()
         return MoEOutput(y_TM, self.upstream.l_aux, counts_E, dropped, chosen[0])
+
+    def _refuse_too_many_slots(self, expert_ids_TK: Tensor) -> None:
+        """Upstream's kernels count elements in 32 bits; beyond, they write elsewhere and end the process. Collective
+        where the tokens could need that many."""
+        num_experts, model_dim = self.spec.num_experts, self.spec.model_dim
+        if num_experts * len(expert_ids_TK) * model_dim <= LARGEST_INDEX:
+            return
+        fullest = torch.bincount(expert_ids_TK.flatten(), minlength=num_experts).max()
+        if self.mesh.ep_size > 1:
+            dist.all_reduce(fullest, op=dist.ReduceOp.MAX, group=self.mesh.ep_group)
+        if num_experts * int(fullest) * model_dim > LARGEST_INDEX:
+            raise Refused(
+                f"Tutel would pad {num_experts} experts to {int(fullest)} slots, more than its kernels count."
+            )
 
     @property
     def gate_weight(self) -> nn.Parameter:

@@ -90,9 +90,7 @@ def measure(payload: dict[str, Any], info: RankInfo) -> list[list[Any]] | None:
         if stop_agreed(info):
             return None
         case = build_case(config, shape, mesh)
-        rows += map(
-            list, measure_case(case, systems, mesh, rounds=config.rounds, warmup=config.warmup, check=config.check)
-        )
+        rows += map(list, measure_case(case, systems, mesh, config))
         if info.rank == 0:
             print(f"layer {shape.name}: measured {', '.join(systems)}", flush=True)
     # After all timed rounds: a CUDA profiler that once was on may slow every launch of its process.
@@ -130,24 +128,21 @@ def workload_name(workload: WorkloadConfig) -> str:
     return f"zipf {workload.exponent}" if workload.kind == "zipf" else workload.kind
 
 
-def measure_case(
-    case: Case, systems: dict[str, System], mesh: Mesh, *, rounds: int, warmup: int, check: bool
-) -> list[SampleRow]:
+def measure_case(case: Case, systems: dict[str, System], mesh: Mesh, config: LayerRunConfig) -> list[SampleRow]:
     """Measure every system on one case. Collective.
 
     Args:
         case: what to compute.
         systems: by the name that results carry.
         mesh: of the run.
-        rounds, warmup: of the interleaved timing.
-        check: also compare each with the dense oracle.
+        config: says the rounds of the interleaved timing, and whether each is compared with the dense oracle.
 
     Returns:
         For every system its step_time, floor_time (of `experiments.floor`, in the same rounds), stage_time, bytes,
-        dropped_copies, tokens, peak_memory and, with `check`, relative_error; or a status row for a system that refused
+        dropped_copies, tokens, peak_memory and, if asked for, relative_error; or a status row for a system that refused
         or failed. The same on every rank.
     """
-    expected, failure = attempt(lambda: _expected(case, mesh)) if check else (None, None)
+    expected, failure = attempt(lambda: _expected(case, mesh)) if config.check else (None, None)
     if failure is not None and mesh.rank == 0:
         print(f"layer {case.shape}: nothing is compared with the reference, which {': '.join(failure)}", flush=True)
     candidates: list[Candidate] = []
@@ -161,7 +156,8 @@ def measure_case(
             writer.add_status(*failure)
             rows += writer.rows
     steps = {candidate.writer.key[0]: candidate.step for candidate in candidates}
-    times = interleave({**steps, FLOOR: floor_step(case.spec, case.ids_TK, mesh)}, rounds, warmup, mesh.device)
+    steps[FLOOR] = floor_step(case.spec, case.ids_TK, mesh)
+    times = interleave(steps, config.rounds, config.warmup, mesh.device, config.steps_per_round)
     for candidate in candidates:
         candidate.writer.add("floor_time", times[FLOOR], "s")
         candidate.writer.add("step_time", times[candidate.writer.key[0]], "s")

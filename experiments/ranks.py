@@ -116,6 +116,11 @@ def run_rank(
     """
     function = resolve(job.target)
     device = _device(job.device, local_rank)
+    if device.type == "cuda":
+        import torch
+
+        # Backward on the thread that calls it: to hand a step to another one and back can take longer than its launches.
+        torch.autograd.set_multithreading_enabled(False)
     info = RankInfo(rank, world_size, local_rank, local_world_size, node_rank, device, Path(job.log_dir) / STOP_FILE)
     with _process_group(info, meet(), job.timeout_s, keep_group):
         return function(job.payload, info)

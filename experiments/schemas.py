@@ -153,6 +153,7 @@ class LayerRunConfig(BaseModel):
     )
     dtype: Precision = "auto"
     rounds: int = Field(ge=1, examples=[20])
+    steps_per_round: int = Field(ge=1, examples=[1], description="timed together, without a wait in between")
     warmup: int = Field(ge=0, examples=[3])
     check: bool = True
     profile: bool = False

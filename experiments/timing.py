@@ -24,7 +24,9 @@ from moe.weights import load_layer
 Step = Callable[[], None]
 
 
-def interleave(steps: Mapping[str, Step], rounds: int, warmup: int, device: torch.device) -> dict[str, list[float]]:
+def interleave(
+    steps: Mapping[str, Step], rounds: int, warmup: int, device: torch.device, steps_per_round: int = 1
+) -> dict[str, list[float]]:
     """Time candidates in turn, in a new random order every round, so that a drift of the machine meets all alike and
     none always follows the same other. Collective.
 
@@ -32,30 +34,32 @@ def interleave(steps: Mapping[str, Step], rounds: int, warmup: int, device: torc
         steps: what each candidate does; every rank passes the same names in the same order.
         rounds: timed rounds.
         warmup: rounds before them that do not count.
-        device: synchronised around each step when it is a GPU.
+        device: synchronised before and after a candidate's turn when it is a GPU.
+        steps_per_round: steps of one turn, without a wait in between: with one, every step begins on an idle GPU.
 
     Returns:
-        Seconds of the slowest rank, one per round, by name.
+        Seconds of a step in the slowest rank, one per round, by name.
     """
     names = list(steps)
     seconds = torch.zeros(len(names), rounds, dtype=torch.float64)
     order = random.Random(0)  # the same on every rank
     for turn in range(-warmup, rounds):
         for index in order.sample(range(len(names)), len(names)):
-            elapsed = _timed(steps[names[index]], device)
+            elapsed = _timed(steps[names[index]], steps_per_round, device)
             if turn >= 0:
                 seconds[index, turn] = elapsed
     worst = over_ranks(seconds, dist.ReduceOp.MAX, device)
     return {name: worst[index].tolist() for index, name in enumerate(names)}
 
 
-def _timed(step: Step, device: torch.device) -> float:
+def _timed(step: Step, num_steps: int, device: torch.device) -> float:
     synchronise(device)
     dist.barrier()
     start = time.perf_counter()
-    step()
+    for _ in range(num_steps):
+        step()
     synchronise(device)
-    return time.perf_counter() - start
+    return (time.perf_counter() - start) / num_steps
 
 
 def synchronise(device: torch.device) -> None:

@@ -88,28 +88,21 @@ def queue_positions(expert_ids_TK: Tensor, num_experts: int) -> Tensor:
 
 
 class _Route(torch.autograd.Function):
-    """What `kernels.route` computes, from tokens and the gate's matrix: probabilities [T, E], ids [T, K], weights
-    [T, K], counts [E] and the balance loss.
-
-    In bfloat16 the tokens are exact and the matrix is cut into three bfloat16 ones, so that one product on tensor cores
-    gives float32 logits without a float32 copy of the tokens.
-    """
+    """What `kernels.route` computes from tokens and the gate's matrix: probabilities [T, E], ids [T, K], weights
+    [T, K], counts [E] and the balance loss."""
 
     @staticmethod
     def forward(ctx: Any, x_TM: Tensor, weight_EM: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        fast = ops.kernels()
-        parts = fast.split_bf16(weight_EM) if x_TM.dtype == torch.bfloat16 else weight_EM.to(x_TM.dtype)
-        probs_TE, ids_TK, weights_TK, counts_E, aux_loss, shares_E = fast.route(
-            _product(x_TM, parts.t()), len(weight_EM), top_k
-        )
-        ctx.save_for_backward(x_TM, parts, probs_TE, ids_TK, shares_E)
+        x_TM, weight_EM = x_TM.contiguous(), weight_EM.contiguous()
+        probs_TE, ids_TK, weights_TK, counts_E, aux_loss, shares_E = ops.kernels().route(x_TM, weight_EM, top_k)
+        ctx.save_for_backward(x_TM, weight_EM, probs_TE, ids_TK, shares_E)
         ctx.mark_non_differentiable(ids_TK, counts_E)
         ctx.set_materialize_grads(False)
         return probs_TE, ids_TK, weights_TK, counts_E, aux_loss
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor, Tensor, None]:
-        x_TM, parts, probs_TE, ids_TK, shares_E = ctx.saved_tensors
+        x_TM, weight_EM, probs_TE, ids_TK, shares_E = ctx.saved_tensors
         grad_probs, _, grad_weights, _, grad_aux = grads
         if grad_weights is None:
             grad_weights = torch.zeros(ids_TK.shape, device=probs_TE.device)
@@ -118,7 +111,7 @@ class _Route(torch.autograd.Function):
         )
         num_experts = probs_TE.shape[1]
         grad_weight = _product(grad_logits.t(), x_TM).view(-1, num_experts, x_TM.shape[1]).sum(0)
-        return grad_logits[:, :num_experts] @ parts[:num_experts], grad_weight, None
+        return grad_logits[:, :num_experts] @ weight_EM.to(x_TM.dtype), grad_weight, None
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:

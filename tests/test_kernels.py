@@ -110,13 +110,6 @@ def test_activations_and_their_gradients(fast: ModuleType, swiglu: bool) -> None
     torch.testing.assert_close(overwritten, hidden.grad, rtol=1e-5, atol=1e-5)
 
 
-def test_a_matrix_is_the_sum_of_its_three_parts(fast: ModuleType) -> None:
-    matrix = normal(5, 77)
-    parts = fast.split_bf16(matrix).view(3, 5, 77)
-    torch.testing.assert_close(parts[0].float(), matrix, rtol=2**-7, atol=0)
-    torch.testing.assert_close(parts.double().sum(0), matrix.double(), rtol=2**-21, atol=0)
-
-
 @pytest.mark.parametrize(("num_experts", "top_k"), [(4, 1), (6, 2), (256, 8), (3, 3)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_gate_routes_as_on_the_torch_path(
@@ -155,6 +148,15 @@ def test_the_gate_routes_as_on_the_torch_path(
         torch.testing.assert_close(got[name], expected[name], rtol=1e-3, atol=2e-5)
     near: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2**-6, "atol": 2**-5}
     torch.testing.assert_close(got["x"], expected["x"], **near)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("num_experts", "model_dim"), [(4, 40), (24, 96), (130, 200)])
+def test_logits_are_those_of_float32(fast: ModuleType, num_experts: int, model_dim: int, dtype: torch.dtype) -> None:
+    x, gate = normal(70, model_dim, dtype=dtype), normal(num_experts, model_dim, seed=1) / 4
+    probs, *_ = fast.route(x, gate, 2)
+    expected = (x.double() @ gate.double().t()).softmax(1)
+    torch.testing.assert_close(probs.double(), expected, rtol=2e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("swiglu", [False, True])

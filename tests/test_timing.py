@@ -76,6 +76,16 @@ def test_candidates_take_turns_in_an_order_of_each_rounds_own(monkeypatch: pytes
 
 
 @pytest.mark.usefixtures("info")
+def test_several_steps_of_a_turn_are_timed_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 6.0, 6.0, 18.0])  # start and end of a turn
+    monkeypatch.setattr("experiments.timing.time.perf_counter", lambda: next(clock))
+    taken: list[int] = []
+    seconds = interleave({"a": lambda: taken.append(0)}, rounds=2, warmup=0, device=CPU, steps_per_round=3)
+    assert seconds == {"a": [2.0, 4.0]}
+    assert len(taken) == 6
+
+
+@pytest.mark.usefixtures("info")
 def test_one_candidate_and_none() -> None:
     assert list(map(len, interleave({"a": lambda: None}, rounds=3, warmup=0, device=CPU).values())) == [3]
     assert interleave({}, rounds=3, warmup=1, device=CPU) == {}

@@ -4,6 +4,7 @@ adapters that need neither the package nor a GPU."""
 from __future__ import annotations
 
 import sys
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -97,6 +98,16 @@ def test_what_tutel_cannot_do_it_refuses(
 def test_tutel_refuses_replicated_experts_where_it_would_mix_up_ranks(overlapped: dict[str, Any]) -> None:
     with pytest.raises(Refused, match="take all ranks for one expert-parallel group"):
         create("tutel", overlapped).build_layer(SPEC, lone_mesh(num_ranks=4, ep_size=2))
+
+
+def test_tutel_refuses_more_slots_than_its_kernels_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = cast(Any, SimpleNamespace(spec=SPEC, mesh=lone_mesh()))
+    monkeypatch.setattr(tutel, "LARGEST_INDEX", 4 * 9 * 16)
+    ids_TK = torch.arange(24).view(12, 2) % 4
+    tutel.TutelLayer._refuse_too_many_slots(layer, ids_TK)
+    ids_TK[:10] = torch.tensor([0, 1])
+    with pytest.raises(Refused, match="pad 4 experts to 10 slots, more than its kernels count"):
+        tutel.TutelLayer._refuse_too_many_slots(layer, ids_TK)
 
 
 def test_tutel_installed_without_cuda_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

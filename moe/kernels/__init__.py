@@ -7,7 +7,7 @@ against the torch path.
 
 from moe.kernels.activate import activate, activate_backward_
 from moe.kernels.peers import LocalRows, pull_rows, push_sums, stage_tokens, sum_partials
-from moe.kernels.route import route, route_backward, split_bf16
+from moe.kernels.route import route, route_backward
 from moe.kernels.rows import gather_rows, sum_copies, weighted_sum_backward
 from moe.kernels.sort import count_choices, sort_by_expert
 
@@ -22,7 +22,6 @@ __all__ = [
     "route",
     "route_backward",
     "sort_by_expert",
-    "split_bf16",
     "stage_tokens",
     "sum_copies",
     "sum_partials",

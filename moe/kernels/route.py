@@ -10,57 +10,40 @@ from torch import Tensor
 from moe.kernels.launch import launch
 
 
-@triton.jit(do_not_specialize=["num_elements"])
-def _split(matrix, parts, num_elements, BLOCK: tl.constexpr):
-    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = place < num_elements
-    rest = tl.load(matrix + place, mask=inside).to(tl.float32)
-    for part in tl.static_range(3):
-        rounded = rest.to(tl.bfloat16)
-        tl.store(parts + part * num_elements + place, rounded, mask=inside)
-        rest -= rounded.to(tl.float32)
-
-
-def split_bf16(matrix: Tensor) -> Tensor:
-    """Three bfloat16 matrices whose sum is a float32 one to its last bit or two.
-
-    Args:
-        matrix: [E, M] float32.
-
-    Returns:
-        [3 * E, M] bfloat16: the rounded matrix, what rounding left, rounded, and what that left.
-    """
-    parts = torch.empty(3 * matrix.shape[0], matrix.shape[1], dtype=torch.bfloat16, device=matrix.device)
-    grid = (triton.cdiv(matrix.numel(), 1024),)
-    launch(_split, grid, (matrix.contiguous(), parts), (matrix.numel(),), (1024,))
-    return parts
-
-
 @triton.jit(do_not_specialize=["num_tokens"])
 def _route(
-    logits,
+    tokens,
+    gate,
     probs,
     ids,
     weights,
-    prob_sums,
-    counts,
-    firsts,
+    sums,
     num_tokens,
-    PARTS: tl.constexpr,
     E: tl.constexpr,
     K: tl.constexpr,
+    M: tl.constexpr,
     TOKENS: tl.constexpr,
     EXPERTS: tl.constexpr,
     CHOICES: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BF16: tl.constexpr,
 ):
     block = tl.program_id(0)
     token = block.to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     real, expert = (token < num_tokens)[:, None], tl.arange(0, EXPERTS)[None, :]
     inside = real & (expert < E)
-    first_part = logits + token[:, None] * (PARTS * E) + expert
-    logit = tl.load(first_part, mask=inside, other=0.0)
-    for part in tl.static_range(1, PARTS):
-        logit += tl.load(first_part + part * E, mask=inside, other=0.0)
+    logit = tl.zeros([TOKENS, EXPERTS], tl.float32)
+    for start in range(0, M, WIDTH):
+        column = start + tl.arange(0, WIDTH)
+        x = tl.load(tokens + token[:, None] * M + column[None, :], mask=real & (column < M)[None, :], other=0.0)
+        rest = tl.load(gate + expert * M + column[:, None], mask=(expert < E) & (column < M)[:, None], other=0.0)
+        if BF16:
+            for _ in tl.static_range(3):
+                part = rest.to(tl.bfloat16)
+                logit = tl.dot(x, part, logit)
+                rest -= part.to(tl.float32)
+        else:
+            logit = tl.dot(x.to(tl.float32), rest, logit, input_precision="ieee")
     logit = tl.where(expert < E, logit, -float("inf"))
     e = tl.exp(logit - tl.max(logit, axis=1)[:, None])
     prob = e / tl.sum(e, axis=1)[:, None]
@@ -84,17 +67,16 @@ def _route(
     places = token[:, None] * K + choice
     tl.store(ids + places, chosen, mask=real & (choice < K))
     tl.store(weights + places, chosen_prob, mask=real & (choice < K))
-    column = block * E + tl.arange(0, EXPERTS)
-    tl.store(prob_sums + column, tl.sum(tl.where(inside, prob, 0.0), axis=0), mask=tl.arange(0, EXPERTS) < E)
-    tl.store(counts + column, count, mask=tl.arange(0, EXPERTS) < E)
-    tl.store(firsts + column, first, mask=tl.arange(0, EXPERTS) < E)
+    of_block = sums + block * (3 * E) + tl.arange(0, EXPERTS)
+    column_inside = tl.arange(0, EXPERTS) < E
+    tl.store(of_block, tl.sum(tl.where(inside, prob, 0.0), axis=0), mask=column_inside)
+    tl.store(of_block + E, count.to(tl.float32), mask=column_inside)
+    tl.store(of_block + 2 * E, first.to(tl.float32), mask=column_inside)
 
 
 @triton.jit(do_not_specialize=["num_tokens", "num_blocks"])
 def _balance(
-    prob_sums,
-    counts,
-    firsts,
+    sums,
     counts_E,
     shares_E,
     aux_loss,
@@ -111,11 +93,11 @@ def _balance(
     first = tl.zeros([EXPERTS], tl.int32)
     for start in range(0, num_blocks, BLOCKS):
         block = start + tl.arange(0, BLOCKS)
-        place = block[:, None] * E + expert[None, :]
+        place = sums + block[:, None] * (3 * E) + expert[None, :]
         inside = (block < num_blocks)[:, None] & (expert < E)[None, :]
-        prob += tl.sum(tl.load(prob_sums + place, mask=inside, other=0.0), axis=0)
-        count += tl.sum(tl.load(counts + place, mask=inside, other=0), axis=0)
-        first += tl.sum(tl.load(firsts + place, mask=inside, other=0), axis=0)
+        prob += tl.sum(tl.load(place, mask=inside, other=0.0), axis=0)
+        count += tl.sum(tl.load(place + E, mask=inside, other=0.0).to(tl.int32), axis=0)
+        first += tl.sum(tl.load(place + 2 * E, mask=inside, other=0.0).to(tl.int32), axis=0)
     if K <= 2:
         share = first.to(tl.float32) / num_tokens
     else:
@@ -125,42 +107,46 @@ def _balance(
     tl.store(aux_loss, E * tl.sum(share * (prob / num_tokens), axis=0))
 
 
-def route(logits: Tensor, num_experts: int, top_k: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Softmax, the K largest (of equals the first), their weights (the probability for K = 1, else normalised), and the
-    balance loss of `moe.gate.balance_loss`.
+def route(x_TM: Tensor, gate_EM: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Logits, softmax, the K largest (of equals the first), their weights (the probability for K = 1, else normalised),
+    and the balance loss of `moe.gate.balance_loss`.
+
+    In bfloat16 the tokens are exact and the gate's matrix is cut into three bfloat16 ones, whose sum is the float32 one
+    to its last bit or two: tensor cores then give float32 logits.
 
     Args:
-        logits: [T, parts * E] float32, T > 0; the parts are added first.
-        num_experts: E.
+        x_TM: [T, M], T > 0.
+        gate_EM: [E, M] float32.
         top_k: K.
 
     Returns:
         probs [T, E] float32, ids [T, K] int64, weights [T, K] float32, counts [E] int64 of the choices, the balance
         loss (scalar float32), and the shares [E] float32 that it weighs the mean probabilities with.
     """
-    num_tokens, parts, device = len(logits), logits.shape[1] // num_experts, logits.device
-    experts, choices = triton.next_power_of_2(num_experts), triton.next_power_of_2(top_k)
-    tokens = max(4, min(64, 8192 // experts))
+    (num_tokens, model_dim), num_experts, device = x_TM.shape, len(gate_EM), x_TM.device
+    experts, choices = max(16, triton.next_power_of_2(num_experts)), triton.next_power_of_2(top_k)
+    tokens, width = (64, 64) if experts <= 64 else (32, 32)
     num_blocks = triton.cdiv(num_tokens, tokens)
     probs = torch.empty(num_tokens, num_experts, device=device)
     ids = torch.empty(num_tokens, top_k, dtype=torch.int64, device=device)
     weights = torch.empty(num_tokens, top_k, device=device)
-    sums = torch.empty(num_blocks, num_experts, device=device)
-    counts = torch.empty(num_blocks, num_experts, dtype=torch.int32, device=device)
-    firsts = torch.empty_like(counts)
+    sums = torch.empty(num_blocks, 3, num_experts, device=device)
+    # Interpreted, a product of bfloat16 would multiply bit patterns.
+    on_tensor_cores = x_TM.is_cuda and x_TM.dtype == torch.bfloat16
     launch(
         _route,
         (num_blocks,),
-        (logits, probs, ids, weights, sums, counts, firsts),
+        (x_TM, gate_EM, probs, ids, weights, sums),
         (num_tokens,),
-        (parts, num_experts, top_k, tokens, experts, choices),
+        (num_experts, top_k, model_dim, tokens, experts, choices, width, on_tensor_cores),
+        num_warps=4 if experts <= 64 else 8,
     )
     counts_E = torch.empty(num_experts, dtype=torch.int64, device=device)
     shares_E, aux_loss = torch.empty(num_experts, device=device), torch.empty((), device=device)
     launch(
         _balance,
         (1,),
-        (sums, counts, firsts, counts_E, shares_E, aux_loss),
+        (sums, counts_E, shares_E, aux_loss),
         (num_tokens, num_blocks),
         (num_experts, top_k, max(4, 8192 // experts), experts),
         num_warps=8,
