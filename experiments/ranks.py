@@ -119,7 +119,7 @@ def run_rank(
     if device.type == "cuda":
         import torch
 
-        # Backward on the thread that calls it: to hand a step to another one and back can take longer than its launches.
+        # Backward on the thread that calls it: to hand a step to another and back can take longer than its launches.
         torch.autograd.set_multithreading_enabled(False)
     info = RankInfo(rank, world_size, local_rank, local_world_size, node_rank, device, Path(job.log_dir) / STOP_FILE)
     with _process_group(info, meet(), job.timeout_s, keep_group):

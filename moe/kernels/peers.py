@@ -210,7 +210,7 @@ def stage_tokens(
     )
 
 
-@triton.jit(do_not_specialize=["offset", "weights_offset", "me"])
+@triton.jit(do_not_specialize=["offset", "weights_offset", "me", "num_ranks"])
 def _pull_rows(
     pointers,
     own,
@@ -221,13 +221,14 @@ def _pull_rows(
     offset,
     weights_offset,
     me,
+    num_ranks,
     K: tl.constexpr,
     M: tl.constexpr,
     BLOCK: tl.constexpr,
     WEIGHTED: tl.constexpr,
 ):
-    rank, token = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    places += (rank.to(tl.int64) * tl.num_programs(1) + token) * K
+    rank, token = tl.program_id(0) % num_ranks, (tl.program_id(0) // num_ranks).to(tl.int64)
+    places += (rank.to(tl.int64) * (tl.num_programs(0) // num_ranks) + token) * K
     last = tl.load(places)
     for k in tl.static_range(1, K):
         last = tl.maximum(last, tl.load(places + k))
@@ -277,16 +278,16 @@ def pull_rows(
         own_weights = own_TM if own_weights_TK is None else own_weights_TK
         launch(
             _pull_rows,
-            (num_ranks, num_tokens),
+            (num_ranks * num_tokens,),  # in turn, so that all links are busy; the other axes end at 65535
             (pointers, own_TM, own_weights, places_PTK, rows, rows if row_weights is None else row_weights),
-            (offset, weights_offset, me),
+            (offset, weights_offset, me, num_ranks),
             (top_k, model_dim, block, weighted),
             num_warps=_warps(block),
         )
     return rows, row_weights
 
 
-@triton.jit(do_not_specialize=["offset", "grads_offset", "me"])
+@triton.jit(do_not_specialize=["offset", "grads_offset", "me", "num_ranks"])
 def _push_sums(
     pointers,
     rows,
@@ -297,6 +298,7 @@ def _push_sums(
     offset,
     grads_offset,
     me,
+    num_ranks,
     K: tl.constexpr,
     SLOTS: tl.constexpr,
     M: tl.constexpr,
@@ -304,8 +306,8 @@ def _push_sums(
     ALONE: tl.constexpr,
     GRADS: tl.constexpr,
 ):
-    rank, token = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    places += (rank.to(tl.int64) * tl.num_programs(1) + token) * K
+    rank, token = tl.program_id(0) % num_ranks, (tl.program_id(0) // num_ranks).to(tl.int64)
+    places += (rank.to(tl.int64) * (tl.num_programs(0) // num_ranks) + token) * K
     slot = tl.full([], K, tl.int32)
     for k in tl.static_range(K):
         if tl.load(places + k) >= 0:
@@ -362,9 +364,9 @@ def push_sums(
         own_grads = own_TJM if own_grads_TK is None else own_grads_TK
         launch(
             _push_sums,
-            (num_ranks, num_tokens),
+            (num_ranks * num_tokens,),  # in turn, so that all links are busy; the other axes end at 65535
             (pointers, rows_RM, places_PTK, own_TJM, row_grads, own_grads),
-            (offset, grads_offset, me),
+            (offset, grads_offset, me, num_ranks),
             (top_k, own_TJM.shape[1], model_dim, block, num_ranks == 1, row_grads_R is not None),
             num_warps=_warps(block),
         )
