@@ -38,7 +38,7 @@ def write_layer(folder: Path, baseline: str) -> pd.DataFrame:
         The rows of summary.csv: per shape and system step_time, step_time_ratio (time of the baseline over the system's
         in the same rounds: above 1 is faster), floor_time and floor_ratio (the time of the experts' products and four
         bare all-to-alls, over the system's), tokens_per_s, stage_time/..., bytes/..., peak_memory, dropped_copies,
-        relative_error/..., or one `run` row with the reason why there is none.
+        relative_error/..., path/<which implementation ran>, or one `run` row with the reason why there is none.
 
     Raises:
         ResultsError: no samples, or a cell that stands there twice.
@@ -96,7 +96,7 @@ def _system_rows(own: pd.DataFrame, base: np.ndarray) -> Iterator[dict[str, Any]
     stage_times = own[own["metric"] == "stage_time"]
     for part in (f"{direction}/{stage}" for direction in DIRECTIONS for stage in STAGES):
         yield row(f"stage_time/{part}", bootstrap_median(stage_times[stage_times["part"] == part]["value"]), "s")
-    for metric in ("bytes", "relative_error", "peak_memory", "dropped_copies"):
+    for metric in ("bytes", "relative_error", "peak_memory", "dropped_copies", "path"):
         for cell in own[own["metric"] == metric].itertuples():
             name = f"{metric}/{cell.part}" if cell.part else metric
             yield row(name, worst([cell.value]), cell.unit)

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
+from moe import ops
 from moe.errors import Refused
 from moe.experts import ExpertFFN
 from moe.gate import TopKGate, queue_positions
@@ -124,7 +125,7 @@ class FairscaleLayer(MoELayer):
         y_TM = self.upstream(x_TM.view(num_local, -1, x_TM.shape[1])).view_as(x_TM)
         gate = self.upstream.gate
         ids_TK = gate.expert_ids_TK
-        counts_E = torch.bincount(ids_TK.flatten(), minlength=self.spec.num_experts)
+        counts_E = ops.count_choices(ids_TK, self.spec.num_experts)
         return MoEOutput(y_TM, self.upstream.l_aux, counts_E, gate.num_dropped, ids_TK)
 
     @property

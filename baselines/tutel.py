@@ -14,11 +14,11 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
+from moe import ops
 from moe.errors import Refused
 from moe.gate import balance_loss
 from moe.mesh import Mesh, ranks_are_on_cuda
@@ -93,7 +93,7 @@ class TutelLayer(MoELayer):
 
         with _replaced(losses, "gshard_loss", loss), _replaced(communicate, "RestoreBackward", self.restore):
             y_TM = self.upstream(x_TM.contiguous(), capacity_factor=factor)
-        counts_E = torch.bincount(chosen[0].flatten(), minlength=spec.num_experts)
+        counts_E = ops.count_choices(chosen[0], spec.num_experts)
         dropped = (counts_E - capacity).clamp_min(0).sum().long()
         return MoEOutput(y_TM, self.upstream.l_aux, counts_E, dropped, chosen[0])
 
@@ -103,7 +103,7 @@ class TutelLayer(MoELayer):
         num_experts, model_dim = self.spec.num_experts, self.spec.model_dim
         if num_experts * len(expert_ids_TK) * model_dim <= LARGEST_INDEX:
             return
-        fullest = torch.bincount(expert_ids_TK.flatten(), minlength=num_experts).max()
+        fullest = ops.count_choices(expert_ids_TK, num_experts).max()
         if self.mesh.ep_size > 1:
             dist.all_reduce(fullest, op=dist.ReduceOp.MAX, group=self.mesh.ep_group)
         if num_experts * int(fullest) * model_dim > LARGEST_INDEX:

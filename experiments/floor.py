@@ -1,6 +1,8 @@
-"""The least that a layer of expert parallelism must do: its experts' matrix products and four bare all-to-alls.
+"""What a layer of expert parallelism takes without anything around it: its experts' matrix products and four bare
+all-to-alls of every routed copy.
 
-Nothing overlaps in it: a system that computes while it communicates can be faster.
+A system can be faster: one that computes while it communicates, that sends a token once to a rank that it chose several
+experts of, or that needs no messages.
 
 Dimensions: R rows of this rank's L experts, S copies this rank sends, P ranks, M model, H hidden.
 """

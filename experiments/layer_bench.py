@@ -233,6 +233,8 @@ def _build(case: Case, system: System, mesh: Mesh) -> MoELayer:
 def _observe(candidate: Candidate, case: Case, mesh: Mesh) -> None:
     """What is exact or slow to read: bytes, drops, memory, stages."""
     writer, device = candidate.writer, mesh.device
+    if candidate.layer.path:
+        writer.add("path", [1], "1", candidate.layer.path)
     meter = LinkMeter(mesh.cluster, mesh.rank)
     dropped: list[Tensor] = []
     handle = candidate.layer.register_forward_hook(lambda _m, _a, output: dropped.append(output.num_dropped))

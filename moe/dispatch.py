@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -93,7 +93,12 @@ class Dispatcher(ABC):
 
     Its plan, made by `dispatch` for `combine`, tells the experts their rows: `expert_rows`, `expert_ends` and
     `row_weights` as in `DispatchPlan`.
+
+    Attributes:
+        path: for `MoELayer.path`.
     """
+
+    path: ClassVar[str] = "own dispatcher"
 
     @abstractmethod
     def dispatch(self, x_TM: Tensor, routing: Routing) -> tuple[Tensor, Any]:
@@ -133,6 +138,8 @@ class AllToAllDispatcher(Dispatcher):
         mesh: its expert-parallel group is used.
         num_experts: E, over the group.
     """
+
+    path = "all-to-all-v"
 
     def __init__(self, mesh: Mesh, num_experts: int) -> None:
         self.group = mesh.ep_group

@@ -20,6 +20,9 @@ from moe.system import Activation, ExpertView, LayerSpec
 # The operator by which torch.compile reaches oneDNN's fp32 product; torch.mm takes MKL's where there is one.
 ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
+GROUPED_DTYPE = torch.bfloat16
+"""Of the rows that `grouped_mm` takes on a GPU, those of all experts at once."""
+
 
 def _matrices(spec: LayerSpec, *lead: int, device: torch.device) -> tuple[nn.Parameter, nn.Parameter]:
     """Uninitialised w_in [.., H or 2 H, M] and w_out [.., M, H], float32."""
@@ -40,6 +43,15 @@ def _views(expert: int, slot: int | None, w_in: nn.Parameter, w_out: nn.Paramete
 
 def _canonical(slot: int | None, first: int, last: int, tensor: Tensor) -> Tensor:
     return (tensor if slot is None else tensor[slot])[first:last].t()
+
+
+def product_path(weight: Tensor, dtype: torch.dtype) -> str:
+    """How `GroupedExperts` multiplies rows of a dtype here. Older GPUs than compute capability 9.0 have no kernel for
+    `grouped_mm`: torch loops over the experts inside it."""
+    if not (ops.is_fast(weight) and dtype == GROUPED_DTYPE):
+        return "expert by expert"
+    major, minor = torch.cuda.get_device_capability(weight.device)
+    return f"grouped_mm on sm_{major}{minor}{'' if major >= 9 else ', a loop there'}"
 
 
 class ExpertFFN(nn.Module):
@@ -98,7 +110,7 @@ class GroupedExperts(nn.Module):
             [R, M], same order and dtype.
         """
         w_in, w_out = self.w_in.to(rows_RM.dtype), self.w_out.to(rows_RM.dtype)
-        if ops.is_fast(rows_RM) and rows_RM.dtype == torch.bfloat16 and len(rows_RM):
+        if ops.is_fast(rows_RM) and rows_RM.dtype == GROUPED_DTYPE and len(rows_RM):
             if expert_ends is None:
                 expert_ends = torch.tensor(expert_rows, device=rows_RM.device).cumsum(0, dtype=torch.int32)
             return _GroupedFFN.apply(rows_RM, w_in, w_out, row_weights_R, expert_ends, self.activation == "swiglu")

@@ -122,7 +122,8 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
 
 
 class TopKGate(nn.Module):
-    """Softmax, then the K largest. Computes in float32 whatever the dtype of the tokens.
+    """Softmax, then the K largest. Computes in float32 whatever the dtype of the tokens; only the gradient of bfloat16
+    tokens is a bfloat16 product on a GPU.
 
     Args:
         spec: of the layer.
@@ -137,7 +138,7 @@ class TopKGate(nn.Module):
     def forward(self, x_TM: Tensor) -> Routing:
         """Route tokens [T, M]."""
         spec = self.spec
-        if ops.is_fast(x_TM) and len(x_TM):
+        if ops.is_fast(x_TM) and len(x_TM) and spec.num_experts <= ops.MOST_EXPERTS:
             probs_TE, expert_ids_TK, weights_TK, counts_E, aux_loss = _Route.apply(
                 x_TM, self.weight.float(), spec.top_k
             )

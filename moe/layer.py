@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from moe import ops
 from moe.dispatch import AllToAllDispatcher, Dispatcher
-from moe.experts import GroupedExperts
+from moe.experts import GroupedExperts, product_path
 from moe.gate import TopKGate
 from moe.mesh import Mesh
 from moe.peer_dispatch import PeerDispatcher
@@ -16,7 +16,7 @@ from moe.system import ExpertView, LayerSpec, MoELayer, MoEOutput
 
 def default_dispatcher(spec: LayerSpec, mesh: Mesh) -> Dispatcher:
     """Through shared memory where the ranks are GPUs of one node, else by all-to-all-v."""
-    if ops.HAS_TRITON and peers_reach_each_other(mesh):
+    if ops.HAS_TRITON and spec.num_experts <= ops.MOST_EXPERTS and peers_reach_each_other(mesh):
         return PeerDispatcher(mesh, spec.num_experts)
     return AllToAllDispatcher(mesh, spec.num_experts)
 
@@ -55,6 +55,11 @@ class NativeMoE(MoELayer):
     def workspace_bytes(self) -> int:
         """Of the dispatcher."""
         return self.dispatcher.workspace_bytes
+
+    @property
+    def path(self) -> str:
+        """How tokens travel and how experts multiply, such as `shared memory; grouped_mm on sm_90`."""
+        return f"{self.dispatcher.path}; {product_path(self.experts.w_in, self.spec.dtype)}"
 
     def expert_views(self) -> list[ExpertView]:
         """Views into the grouped weights."""

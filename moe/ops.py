@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 HAS_TRITON = find_spec("triton") is not None
+MOST_EXPERTS = 1024
+"""Of kernels that hold a table of all experts."""
 
 
 def is_fast(tensor: Tensor) -> bool:
@@ -101,7 +103,7 @@ def sort_by_expert(chosen: Tensor, num_experts: int, num_kept: int) -> tuple[Ten
     Returns:
         order [S], sorted place -> copy; inverse [T * K], copy -> sorted place, S for a dropped one; int64.
     """
-    if is_fast(chosen) and num_experts <= 1024:
+    if is_fast(chosen) and num_experts <= MOST_EXPERTS:
         return kernels().sort_by_expert(chosen, num_experts, num_kept)
     order = torch.argsort(chosen, stable=True)[:num_kept]
     return order, inverse_of(order, len(chosen))

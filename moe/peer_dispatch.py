@@ -10,7 +10,8 @@ Dimensions: T tokens of this rank, K choices, P ranks of the expert-parallel gro
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from moe.mesh import Mesh
 from moe.peers import Workspace, shared_workspace
 
 
-@dataclass
+@dataclass(frozen=True)
 class PeerPlan:
     """Where the copies of one layer call travel.
 
@@ -81,6 +82,8 @@ class PeerDispatcher(Dispatcher):
         workspace: to use instead of the process' own (tests bring memory of a CPU).
     """
 
+    path = "shared memory"
+
     def __init__(self, mesh: Mesh, num_experts: int, workspace: Workspace | None = None) -> None:
         self.mesh, self.me, self.num_ranks = mesh, mesh.ep_rank, mesh.ep_size
         self.num_experts, self.num_local = num_experts, num_experts // mesh.ep_size
@@ -97,21 +100,22 @@ class PeerDispatcher(Dispatcher):
     def dispatch(self, x_TM: Tensor, routing: Routing) -> tuple[Tensor, PeerPlan]:
         """As `Dispatcher.dispatch`. The largest T of all ranks bounds later calls, unless all exceed it together."""
         x_TM = _aligned(x_TM)
-        chosen_TK, weights_TK = routing.expert_ids_TK, routing.weights_TK.contiguous()
+        chosen_TK, weights_TK = routing.expert_ids_TK, _aligned(routing.weights_TK)
         if routing.kept_TK is not None:
             chosen_TK = torch.where(routing.kept_TK, chosen_TK, self.num_experts)
-        chosen_TK = chosen_TK.contiguous()
+        chosen_TK = _aligned(chosen_TK)
         if self.num_ranks > 1:
             if self.workspace is None or len(x_TM) > self.workspace.max_tokens:
                 self.workspace = shared_workspace(self.mesh, x_TM, chosen_TK.shape[1])
             space = self.workspace
+            space.before_staging()
             ops.kernels().stage_tokens(
                 x_TM, chosen_TK, weights_TK, space.tokens_TM, space.ids_TK, space.weights_TK, self.num_experts
             )
-            space.memory.barrier()
+            space.barrier()
         plan = self._plan(chosen_TK)
-        rows_RM, plan.row_weights = _Pull.apply(x_TM, weights_TK, self, plan)
-        return rows_RM, plan
+        rows_RM, row_weights = _Pull.apply(x_TM, weights_TK, self, plan)
+        return rows_RM, replace(plan, row_weights=row_weights)  # not the plan that the graph of the weights holds
 
     def combine(self, rows_RM: Tensor, plan: PeerPlan, weights_TK: Tensor) -> Tensor:
         """As `Dispatcher.combine`; the rows come weighted."""
@@ -121,8 +125,9 @@ class PeerDispatcher(Dispatcher):
         """Lay rows [T, M] out for the other ranks to read; they may once their queue has passed the barrier here."""
         if self.num_ranks > 1:
             assert self.workspace is not None
+            self.workspace.before_staging()
             self.workspace.tokens_TM[: len(rows_TM)].copy_(rows_TM)
-            self.workspace.memory.barrier()
+            self.workspace.barrier()
 
     def _plan(self, chosen_TK: Tensor) -> PeerPlan:
         """Lay out the rows of all ranks' copies; the host waits for their number while the GPU lays them out."""
@@ -146,9 +151,8 @@ class PeerDispatcher(Dispatcher):
         """Rows [R, M] of this rank's experts from what ranks have staged, and their weights [R] where asked for."""
         space = self.workspace
         if space is not None:
-            copied = own_TM.shape[1] * own_TM.element_size()
-            along = plan.chosen_TK.numel() * 12 if weights_TK is not None else 0
-            self._tell(lambda: [copied * sent + along for sent in self._tokens_for_ranks(plan.chosen_TK)])
+            space.tokens_in_use = True
+            self._tell(lambda: self._bytes_read(own_TM, plan.chosen_TK, weights_TK is not None))
         pointers = self._no_peers if space is None else space.memory.pointers
         tokens_at, weights_at = (0, 0) if space is None else (space.tokens_at, space.weights_at)
         num_rows = sum(plan.expert_rows)
@@ -165,8 +169,8 @@ class PeerDispatcher(Dispatcher):
             grads_TK = None if row_grads_R is None else row_grads_R.new_zeros(num_tokens, top_k)
             fast.push_sums(self._no_peers, 0, rows_RM, plan.places_PTK, sums_TM.unsqueeze(1), 0, row_grads_R, grads_TK)
             return sums_TM, grads_TK
-        row_bytes = rows_RM.shape[1] * rows_RM.element_size()
-        self._tell(lambda: ((plan.places_PTK >= 0).any(2).sum(1) * row_bytes).tolist())
+        space.before_pushing()
+        self._tell(lambda: self._bytes_written(rows_RM, plan.places_PTK, row_grads_R is not None))
         fast.push_sums(
             space.memory.pointers,
             self.me,
@@ -178,24 +182,35 @@ class PeerDispatcher(Dispatcher):
             None if row_grads_R is None else space.weight_grads_TK,
             space.weight_grads_at,
         )
-        space.memory.barrier()
+        space.barrier()
+        space.slots_in_use = True
         grads_TK = None if row_grads_R is None else space.weight_grads_TK[:num_tokens]
         return fast.sum_partials(
             space.slots_TJM[:num_tokens], plan.chosen_TK, self.num_experts, self.num_local, grads_TK
         )
 
-    def _tokens_for_ranks(self, chosen_TK: Tensor) -> list[int]:
-        """How many of this rank's tokens each rank reads."""
+    def _bytes_read(self, own_TM: Tensor, chosen_TK: Tensor, in_dispatch: bool) -> list[int]:
+        """What each rank reads of this one's: a token that chose it once; in dispatch its weights, too, and all ids, by
+        the kernel that counts and by the one that places."""
+        assert self.workspace is not None
+        a_token = own_TM.shape[1] * own_TM.element_size() + (4 * chosen_TK.shape[1] if in_dispatch else 0)
+        ids = 2 * 8 * self.workspace.ids_TK.numel() if in_dispatch else 0
         rank_TK = chosen_TK // self.num_local
-        return [int((rank_TK == rank).any(1).sum()) for rank in range(self.num_ranks)]
+        return [a_token * int((rank_TK == rank).any(1).sum()) + ids for rank in range(self.num_ranks)]
 
-    def _tell(self, bytes_per_peer: Any) -> None:
+    def _bytes_written(self, rows_RM: Tensor, places_PTK: Tensor, with_grads: bool) -> list[int]:
+        """What this rank writes to each: a token's sum, and for each of its copies the gradient of the weight."""
+        here_PTK = places_PTK >= 0
+        sums_P = here_PTK.any(2).sum(1) * (rows_RM.shape[1] * rows_RM.element_size())
+        return (sums_P + (4 * here_PTK.sum((1, 2)) if with_grads else 0)).tolist()
+
+    def _tell(self, bytes_per_peer: Callable[[], list[int]]) -> None:
         """Byte meters see messages only; what is read and written in place is told, when one listens."""
         for meter in metering.INSTALLED:
             meter.count_all_to_all(bytes_per_peer(), self.mesh.ep_group)
 
 
-def _aligned(x_TM: Tensor) -> Tensor:
-    """The same rows, contiguous from a 16-byte boundary on, as kernels take them."""
-    x_TM = x_TM.contiguous()
-    return x_TM if x_TM.data_ptr() % 16 == 0 else x_TM.clone()
+def _aligned(tensor: Tensor) -> Tensor:
+    """The same values, contiguous from a 16-byte boundary on, as kernels take them."""
+    tensor = tensor.contiguous()
+    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()

@@ -55,12 +55,19 @@ class SymmetricMemory:
 def peers_reach_each_other(mesh: Mesh) -> bool:
     """Whether a mesh's expert-parallel group can share memory: CUDA ranks of one node, by the cluster's own levels.
 
-    A cluster that declares several levels over one host (an emulated one) keeps to them.
+    A cluster that declares several levels over one host (an emulated one) keeps to them. A process that is shown its
+    own GPU only can't tell, and takes messages. Collective: ranks agree.
     """
     if mesh.device.type != "cuda":
         return False
     if mesh.ep_size == 1:
         return True
+    agreed = torch.tensor([int(_reaches_its_peers(mesh))], device=mesh.device)
+    dist.all_reduce(agreed, op=dist.ReduceOp.MIN, group=mesh.ep_group)
+    return bool(agreed)
+
+
+def _reaches_its_peers(mesh: Mesh) -> bool:
     first = mesh.rank - mesh.ep_rank
     one_node = mesh.cluster.level_of(first, first + mesh.ep_size - 1) == 1
     devices = range(torch.cuda.device_count())
@@ -72,7 +79,10 @@ def peers_reach_each_other(mesh: Mesh) -> bool:
 class Workspace:
     """The regions of one block that a layer's exchanges go through; layers of one shape share it, one after the other.
 
-    Tokens, choices and weights are read by other ranks; slots and gradients of weights are written by them.
+    Tokens, choices and weights are read by other ranks; slots and gradients of weights are written by them. Who writes
+    a region must know that nobody reads it any more. A pull that is followed by a push, and a sum by a stage, as they
+    are in a layer, have a barrier in between for another reason; where the order is another one (two layers' dispatches
+    in a row, a gradient that nobody asks for, a forward computed anew), `before_staging` and `before_pushing` wait.
 
     Args:
         memory: makes the block from its size in bytes.
@@ -114,6 +124,22 @@ class Workspace:
         ]
         self.tokens_TM, self.ids_TK, self.weights_TK, self.slots_TJM, self.weight_grads_TK = views
         self.tokens_at, self.ids_at, self.weights_at, self.slots_at, self.weight_grads_at, _ = starts
+        self.tokens_in_use = self.slots_in_use = False
+
+    def barrier(self) -> None:
+        """Work queued after it sees what all ranks queued before it, and nobody reads what was read before it."""
+        self.memory.barrier()
+        self.tokens_in_use = self.slots_in_use = False
+
+    def before_staging(self) -> None:
+        """Wait, if need be, until no rank reads this one's tokens. All ranks agree, since all do the same in turn."""
+        if self.tokens_in_use:
+            self.barrier()
+
+    def before_pushing(self) -> None:
+        """Wait, if need be, until no rank reads its own slots."""
+        if self.slots_in_use:
+            self.barrier()
 
 
 _WORKSPACES: dict[tuple[object, ...], Workspace] = {}

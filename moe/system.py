@@ -141,6 +141,11 @@ class MoELayer(nn.Module, ABC):
         """
         return 0
 
+    @property
+    def path(self) -> str:
+        """Which of several implementations runs here, in a phrase for results; empty where there is one."""
+        return ""
+
     def sharded_parameters(self) -> list[nn.Parameter]:
         """Parameters whose gradient is not reduced over the whole world."""
         if not self.experts_are_sharded:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from contextlib import contextmanager
 from typing import Any
@@ -24,7 +26,7 @@ from moe.topology import cluster_of
 from moe.weights import load_layer
 from tests.comparing import relative_error
 from tests.lone import lone_mesh
-from tests.shared_memory import cpu_peers
+from tests.shared_memory import FileMemory, cpu_peers
 
 CLUSTER = cluster_of([2, 2])
 CPU = torch.device("cpu")
@@ -156,7 +158,63 @@ def peer_layers(meshes: dict[int, Mesh]) -> Facts:
             pairs = [int((routing_ids // 2 == rank).any(1).sum()) for rank in range(4)]
             facts[name]["sent"].append(sum(count for (_, kind), count in meter.sent.items() if kind == "alltoall"))
             facts[name].setdefault("pairs", []).append(pairs)
+            copies = [int((routing_ids // 2 == rank).sum()) for rank in range(4)]
+            facts[name].setdefault("copies", []).append(copies)
     return facts
+
+
+def peer_order(meshes: dict[int, Mesh]) -> Facts:
+    """Barriers that calls in several orders take, and whether a step leaves nothing to the garbage collector."""
+    mesh = meshes[4]
+    dispatcher = cpu_peers(mesh, 8, 6, 2, 16, torch.float32)
+    assert dispatcher.workspace is not None
+    memory = dispatcher.workspace.memory
+    assert isinstance(memory, FileMemory)
+    spec = LayerSpec(16, 8, 8, 2)
+    layer = NativeMoE(spec, mesh, dispatcher=dispatcher)
+    load_layer(layer)
+    x_TM = torch.randn(6, 16, generator=torch.Generator().manual_seed(mesh.rank))
+    barriers: dict[str, int] = {}
+
+    def counted(name: str, action: Callable[[], Any]) -> Any:
+        before = memory.barriers
+        value = action()
+        barriers[name] = memory.barriers - before
+        return value
+
+    def both(tokens: Tensor) -> None:
+        layer(tokens).y_TM.sum().backward()
+
+    def interleaved() -> None:
+        routing = layer.gate(x_TM)
+        plans = [dispatcher.dispatch(x_TM, routing) for _ in range(2)]
+        for rows_RM, plan in plans:
+            dispatcher.combine(rows_RM, plan, routing.weights_TK)
+
+    def frozen() -> None:
+        layer.gate.weight.requires_grad_(False)
+        both(x_TM)
+        layer(x_TM)
+
+    with torch.no_grad():
+        counted("forward", lambda: layer(x_TM))
+    counted("forward and backward", lambda: both(x_TM.clone().requires_grad_()))
+    counted("again", lambda: both(x_TM.clone().requires_grad_()))
+    with torch.no_grad():
+        counted("two dispatches, then two combines", interleaved)
+    counted("no gradient of tokens, then forward", frozen)
+    layer.gate.weight.requires_grad_(True)
+    gc.collect()
+    gc.disable()
+    try:
+        rows_RM, plan = dispatcher.dispatch(x_TM, layer.gate(x_TM))
+        places = weakref.ref(plan.places_PTK)
+        dispatcher.combine(rows_RM, plan, torch.zeros(0)).sum().backward()
+        del rows_RM, plan
+        freed = places() is None
+    finally:
+        gc.enable()
+    return {"barriers": barriers, "plan is freed": freed}
 
 
 def _largest(difference: Tensor) -> float:
@@ -363,6 +421,7 @@ PARTS: dict[str, Callable[[dict[int, Mesh]], Facts]] = {
     "dispatch": dispatch,
     "peer_dispatch": peer_dispatch,
     "peer_layers": peer_layers,
+    "peer_order": peer_order,
     "metering": metering,
     "sync": sync,
 }

@@ -20,10 +20,13 @@ class FileMemory:
     Args:
         num_bytes: of each block.
         mesh: its expert-parallel group is used.
+
+    Attributes:
+        barriers: how many were taken.
     """
 
     def __init__(self, num_bytes: int, mesh: Mesh) -> None:
-        self.group = mesh.ep_group
+        self.group, self.barriers = mesh.ep_group, 0
         with tempfile.NamedTemporaryFile(delete=False) as file:
             file.truncate(num_bytes)
         names: list[Any] = [None] * mesh.ep_size
@@ -37,6 +40,7 @@ class FileMemory:
 
     def barrier(self) -> None:
         """All ranks have come here."""
+        self.barriers += 1
         dist.barrier(group=self.group)
 
 

@@ -80,14 +80,30 @@ def test_layers_over_shared_memory_equal_the_oracle(rank_facts: dict[str, Facts]
 
 
 def test_a_token_crosses_once_to_each_rank(rank_facts: dict[str, Facts]) -> None:
-    """Rows of 64 bytes there, back, and both again for the gradients; ids and weights once."""
+    """Rows of 64 bytes there, back, and both again for the gradients; each token's weights with it and their gradients
+    back, 4 bytes a choice; all ids of 8 bytes twice to every rank."""
     ranks = rank_facts["peer_layers"]
     for name, kwargs in PEER_LAYERS.items():
         if "capacity_factor" in kwargs:
             continue
+        top_k = kwargs["top_k"]
         for turn in range(2):
             pairs = [facts[name]["pairs"][turn] for facts in ranks]
             for me, facts in enumerate(ranks):
                 out, back = sum(pairs[me]), sum(row[me] for row in pairs)
-                along = 4 * 12 * kwargs["top_k"] * 12
+                copies_here = sum(facts[name]["copies"][turn][me] for facts in ranks)
+                along = 4 * top_k * out + 4 * copies_here + 4 * 12 * top_k * 16
                 assert facts[name]["sent"][turn] == 2 * 64 * (out + back) + along
+
+
+def test_nobody_writes_what_another_still_reads(rank_facts: dict[str, Facts]) -> None:
+    """Barriers beyond a layer's own two each way stand just where an unusual order needs them."""
+    for facts in rank_facts["peer_order"]:
+        assert facts["barriers"] == {
+            "forward": 2,
+            "forward and backward": 4,
+            "again": 4,
+            "two dispatches, then two combines": 2 + 1 + 2 + 1,
+            "no gradient of tokens, then forward": 3 + 1 + 2,
+        }
+        assert facts["plan is freed"]

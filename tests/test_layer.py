@@ -128,6 +128,8 @@ def test_what_is_measured_of_every_system(
     assert of(told, system, "dropped_copies") == {"": [0.0]}
     (peak,) = of(told, system, "peak_memory")[""]
     assert peak > NUM_TOKENS * MODEL_DIM * 4  # at least the output
+    paths = of(told, system, "path")
+    assert system != "flat" or paths == {"all-to-all-v; expert by expert": [1.0]}
     errors = of(told, system, "relative_error")
     assert errors.keys() == {"output", "input_grad", "gate_grad", "expert_grad"}
     for part, (error,) in errors.items():

@@ -1,7 +1,7 @@
 """Triton kernels of the native layer on a GPU: what `moe.ops`, the gate, the experts and `moe.peer_dispatch` do there.
 
-Each program has a token, a row or a block of its own, computes in float32, and writes every element of its outputs
-once: no atomics, so two runs agree bit for bit. They run under TRITON_INTERPRET=1 on a CPU too, where tests hold them
+Each program has a token, a row or a block of its own, computes in float32, and no two write one element: no atomics, so
+two runs agree bit for bit. They run under TRITON_INTERPRET=1 on a CPU too, where tests hold them
 against the torch path.
 """
 

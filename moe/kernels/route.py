@@ -55,9 +55,9 @@ def _route(
     count = tl.zeros([EXPERTS], tl.int32)
     first = tl.zeros([EXPERTS], tl.int32)
     for k in tl.static_range(K):
-        best = tl.argmax(left, axis=1)[:, None]
+        best = tl.minimum(tl.argmax(left, axis=1), E - 1)[:, None]  # of NaNs, too, one that exists
         chosen = tl.where(choice == k, best.to(tl.int64), chosen)
-        chosen_prob = tl.where(choice == k, tl.max(left, axis=1)[:, None], chosen_prob)
+        chosen_prob = tl.where(choice == k, tl.sum(tl.where(expert == best, prob, 0.0), axis=1)[:, None], chosen_prob)
         count += tl.sum((real & (expert == best)).to(tl.int32), axis=0)
         if k == 0:
             first = count
