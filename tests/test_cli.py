@@ -107,7 +107,7 @@ MISTAKES = [
         ("experiment=native_layer", "seed=-1"),
         [
             r"experiment=native_layer: is for another entry point: experiments.train has no systems, shapes, capacity_f"
-            r"actor, rounds. Fix: the experiments of experiments.train are smoke",
+            r"actor, rounds, steps_per_round. Fix: the experiments of experiments.train are smoke",
             "seed=-1: must be",
         ],
     ),
