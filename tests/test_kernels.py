@@ -5,7 +5,11 @@ The interpreter cuts bfloat16 off instead of rounding it.
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
 import sys
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -19,6 +23,7 @@ from moe.experts import GroupedExperts
 from moe.gate import TopKGate
 from moe.system import LayerSpec
 
+ROOT = Path(__file__).resolve().parent.parent
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -191,3 +196,17 @@ def test_grouped_experts_are_the_experts_one_after_the_other(
     for got, again, expected in zip(first, second, observed(), strict=True):
         assert torch.equal(got, again)
         assert (got - expected).float().norm() <= 1e-2 * expected.float().norm()
+
+
+@pytest.mark.usefixtures("fast")
+def test_kernels_compile_and_move_sixteen_bytes_at_a_time() -> None:
+    """For Hopper, also where there is none: what is read and written between ranks must not go two bytes at a time."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tests.compile_kernels"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    wide = json.loads(done.stdout)
+    assert wide["pull"]["loads"] > 0 and wide["pull"]["stores"] > 0
+    assert wide["push"]["loads"] > 0 and wide["push"]["stores"] > 0
+    assert wide["activate backward"]["loads"] > 0 and wide["activate backward"]["stores"] > 0
+    assert {"sum", "route", "route 256"} < wide.keys()

@@ -25,11 +25,21 @@ PROGRAMS = 128
 
 @triton.jit
 def _region(pointers, rank, me, offset, own):
-    """Where a region of a rank begins; 16-byte aligned, as all regions are."""
+    """Where a region of a rank begins."""
     there = own
     if rank != me:
         there = (tl.load(pointers + rank) + offset).to(own.dtype)
-    return tl.multiple_of(there, 16)
+    return there
+
+
+@triton.jit
+def _row(region, row, M: tl.constexpr):
+    """Where a row of a region begins. Regions begin at 16-byte boundaries; the compiler can't know, and would move two
+    bytes at a time."""
+    start = region + row * M
+    if M % 8 == 0:
+        start = tl.multiple_of(start, 16)
+    return start
 
 
 @triton.jit
@@ -235,7 +245,7 @@ def _pull_rows(
     if last >= 0:
         columns = tl.arange(0, BLOCK)
         inside = columns < M
-        row = tl.load(_region(pointers, rank, me, offset, own) + token * M + columns, mask=inside)
+        row = tl.load(_row(_region(pointers, rank, me, offset, own), token, M) + columns, mask=inside)
         for k in tl.static_range(K):
             place = tl.load(places + k).to(tl.int64)
             tl.store(rows + place * M + columns, row, mask=inside & (place >= 0))
@@ -323,7 +333,7 @@ def _push_sums(
         for k in tl.static_range(K):
             place = tl.load(places + k).to(tl.int64)
             total += tl.load(rows + place * M + columns, mask=inside & (place >= 0), other=0.0).to(tl.float32)
-        sums = _region(pointers, rank, me, offset, own) + (token * SLOTS + slot) * M
+        sums = _row(_region(pointers, rank, me, offset, own), token * SLOTS + slot, M)
         tl.store(sums + columns, total.to(rows.dtype.element_ty), mask=inside)
         if GRADS:
             grads = _region(pointers, rank, me, grads_offset, own_grads) + token * K
