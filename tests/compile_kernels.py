@@ -6,16 +6,15 @@ Prints, as JSON by kernel, how many 16-byte loads and stores of global memory it
 from __future__ import annotations
 
 import json
-import sys
+from importlib import import_module
 from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-import moe.kernels  # noqa: F401  # its modules are named below; the package's functions hide some of them
-
-PEERS, ROUTE, ACTIVATE = (sys.modules[f"moe.kernels.{name}"] for name in ("peers", "route", "activate"))
+# By name: the package's functions hide the modules `route` and `activate`.
+PEERS, ROUTE, ACTIVATE = (import_module(f"moe.kernels.{name}") for name in ("peers", "route", "activate"))
 BF16, FLOAT, LONG, INT = "*bf16", "*fp32", "*i64", "*i32"
 WIDTHS = {"M": 2048, "BLOCK": 2048}
 KERNELS: list[tuple[str, Any, list[str], dict[str, Any], int]] = [
