@@ -11,7 +11,7 @@ import json
 import re
 import shutil
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,15 +33,21 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class Entry(NamedTuple):
-    """One canonical tensor: its key, the parameter that holds it, and how to see it in a tensor of that shape."""
+    """One canonical tensor: its key, the parameter that holds it, and how to see it in a tensor of that shape.
+
+    `local` marks what a rank has for itself: a checkpoint of another system or world size may not hold it, and then it
+    stays as it is.
+    """
 
     key: str
     parameter: nn.Parameter
     view: Callable[[Tensor], Tensor]
+    local: bool = False
 
 
 def canonical_entries(gpt: GPT) -> Iterator[Entry]:
-    """Every tensor of the model on this rank, under names that depend on neither the system nor the world size."""
+    """Every tensor of the model on this rank, under names that depend on neither the system nor the world size (but for
+    a rank's own ones)."""
     seen: set[int] = set()
     for layer in gpt.moe_layers:
         prefix = f"layers/{layer.spec.layer_index}"
@@ -50,6 +56,9 @@ def canonical_entries(gpt: GPT) -> Iterator[Entry]:
         for view in layer.expert_views():
             yield Entry(f"{prefix}/experts/{view.expert}/{view.name}", view.parameter, view.view)
             seen.add(id(view.parameter))
+        for name, parameter in layer.local_parameters().items():
+            yield Entry(f"{prefix}/ranks/{layer.mesh.rank}/{name}", parameter, _itself, local=True)
+            seen.add(id(parameter))
     for name, parameter in gpt.named_parameters():
         if id(parameter) not in seen:
             yield Entry(f"model/{name}", parameter, _itself)
@@ -69,7 +78,7 @@ def save_checkpoint(path: Path, gpt: GPT, optimizer: Optimizer, state: dict[str,
     """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        _save(path, temporary, _tensors(gpt, optimizer, for_saving=True), state)
+        _save(path, temporary, _tensors(canonical_entries(gpt), optimizer, for_saving=True), state)
     except (Exception, dcp.CheckpointException) as error:
         if dist.get_rank() == 0:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -126,13 +135,15 @@ def load_checkpoint(path: Path, gpt: GPT, optimizer: Optimizer) -> dict[str, Any
     dist.broadcast_object_list(verdict, 0)
     if verdict[0]:
         raise _error(path, verdict[0])
-    fresh = _tensors(gpt, optimizer, for_saving=False)
     try:
+        saved = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+        entries = [entry for entry in canonical_entries(gpt) if not entry.local or entry.key in saved]
+        fresh = _tensors(entries, optimizer, for_saving=False)
         dcp.load(fresh, checkpoint_id=path)
     except (dcp.CheckpointException, ValueError) as error:
         raise _error(path, f"it does not fit this model ({str(_cause(error)).splitlines()[0]})") from error
     with torch.no_grad():
-        for entry in canonical_entries(gpt):
+        for entry in entries:
             entry.view(entry.parameter.data).copy_(fresh[entry.key])
             moments = optimizer.state[entry.parameter]
             for name in MOMENTS:
@@ -207,7 +218,7 @@ def _itself(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _tensors(gpt: GPT, optimizer: Optimizer, *, for_saving: bool) -> dict[str, Tensor]:
+def _tensors(entries: Iterable[Entry], optimizer: Optimizer, *, for_saving: bool) -> dict[str, Tensor]:
     """Contiguous tensors by key: copies of what is there, or empty ones of the same shapes to be filled."""
 
     def tensor(entry: Entry, source: Tensor) -> Tensor:
@@ -215,7 +226,7 @@ def _tensors(gpt: GPT, optimizer: Optimizer, *, for_saving: bool) -> dict[str, T
         return seen.contiguous() if for_saving else torch.empty(seen.shape, dtype=seen.dtype, device=seen.device)
 
     tensors = {}
-    for entry in canonical_entries(gpt):
+    for entry in entries:
         moments = optimizer.state.get(entry.parameter, {})
         tensors[entry.key] = tensor(entry, entry.parameter)
         for name in MOMENTS:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -110,7 +111,7 @@ def _trainee(run: RunConfig, mesh: Mesh, writer: SampleWriter) -> Trainee:
         seed=run.seed,
         num_steps=ENDLESS,
     )
-    batches = iter(stream)
+    batches, steps_done = iter(stream), itertools.count(1)
 
     def step() -> None:
         batch_BS = next(batches).to(mesh.device)
@@ -120,6 +121,7 @@ def _trainee(run: RunConfig, mesh: Mesh, writer: SampleWriter) -> Trainee:
         sync.reduce()
         sync.clip(run.trainer.grad_clip or 0.0)
         optimizer.step()
+        system.after_step(gpt, optimizer, next(steps_done))
         optimizer.zero_grad(set_to_none=True)  # at the end, so that a step frees what it allocated
 
     return Trainee(gpt, step, writer)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from experiments.config import ModelConfig
 from moe.experts import ExpertFFN
 from moe.mesh import Mesh
-from moe.system import LayerSpec, MoELayer, MoEOutput, System
+from moe.system import LayerSpec, MoELayer, MoEOutput, System, moe_layers
 from moe.weights import load_layer, seeded_normal
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -130,7 +130,7 @@ class GPT(nn.Module):
     @property
     def moe_layers(self) -> list[MoELayer]:
         """The MoE layers, first block first."""
-        return [layer for layer in self.modules() if isinstance(layer, MoELayer)]
+        return moe_layers(self)
 
     def forward(self, tokens_BS: Tensor, targets_BS: Tensor) -> Losses:
         """tokens and targets [B, S] int64 -> losses over this rank's tokens."""

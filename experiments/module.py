@@ -14,6 +14,7 @@ from experiments.config import TrainerConfig
 from experiments.model import GPT, Losses
 from experiments.optimizer import build_optimizer, lr_factor
 from moe.sync import GradientSync
+from moe.system import System
 
 
 class LanguageModel(L.LightningModule):
@@ -21,6 +22,7 @@ class LanguageModel(L.LightningModule):
 
     Args:
         gpt: the model, on its device, with its initial weights.
+        system: whose layers it has; told when a step has ended.
         sync: reduces and clips its gradients.
         trainer_config: learning rate, decay, clipping, steps.
         aux_loss_weight: of the mean balance loss of the MoE layers.
@@ -36,9 +38,12 @@ class LanguageModel(L.LightningModule):
     grad_norm: Tensor
     learning_rate: float
 
-    def __init__(self, gpt: GPT, sync: GradientSync, trainer_config: TrainerConfig, aux_loss_weight: float) -> None:
+    def __init__(
+        self, gpt: GPT, system: System, sync: GradientSync, trainer_config: TrainerConfig, aux_loss_weight: float
+    ) -> None:
         super().__init__()
         self.gpt = gpt
+        self.system = system
         self.sync = sync
         self.trainer_config = trainer_config
         self.aux_loss_weight = aux_loss_weight
@@ -55,6 +60,7 @@ class LanguageModel(L.LightningModule):
         """Forward, backward and update: the model's own work, timed."""
         started = time.thread_time()
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        self.system.after_step(self.gpt, optimizer.optimizer, self.trainer.global_step)
         self.work_cpu_s += time.thread_time() - started
 
     def configure_optimizers(self) -> Any:

@@ -110,7 +110,7 @@ def train_one(config: RunConfig, run_dir: RunDir, mesh: Mesh, info: RankInfo) ->
         enable_model_summary=False,
         use_distributed_sampler=False,
     )
-    module = LanguageModel(gpt, sync, config.trainer, config.model.aux_loss_weight)
+    module = LanguageModel(gpt, system, sync, config.trainer, config.model.aux_loss_weight)
     with meter.installed():
         trainer.fit(module, _Batches(stream.__iter__), ckpt_path=resume_from)
     done = trainer.global_step == config.trainer.max_steps

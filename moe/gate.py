@@ -138,18 +138,42 @@ class TopKGate(nn.Module):
     def forward(self, x_TM: Tensor) -> Routing:
         """Route tokens [T, M]."""
         spec = self.spec
-        if ops.is_fast(x_TM) and len(x_TM) and spec.num_experts <= ops.MOST_EXPERTS:
+        if self.is_plain and ops.is_fast(x_TM) and len(x_TM) and spec.num_experts <= ops.MOST_EXPERTS:
             probs_TE, expert_ids_TK, weights_TK, counts_E, aux_loss = _Route.apply(
                 x_TM, self.weight.float(), spec.top_k
             )
         else:
-            probs_TE = (x_TM.float() @ self.weight.float().t()).softmax(1)
-            expert_ids_TK = probs_TE.topk(spec.top_k, dim=1).indices
+            probs_TE = self.logits(x_TM).softmax(1)
+            expert_ids_TK = self.choose(probs_TE)
             weights_TK = combine_weights(probs_TE, expert_ids_TK)
             counts_E = ops.count_choices(expert_ids_TK, spec.num_experts)
-            aux_loss = balance_loss(probs_TE, expert_ids_TK)
-        kept_TK = None
-        if spec.capacity_factor is not None:
-            kept_TK = queue_positions(expert_ids_TK, spec.num_experts) < spec.capacity(len(x_TM))
+            aux_loss = self.aux_loss(probs_TE, expert_ids_TK)
+        kept_TK = self.keep(expert_ids_TK)
+        if kept_TK is not None:
             weights_TK = combine_weights(probs_TE, expert_ids_TK, kept_TK)
         return Routing(expert_ids_TK, weights_TK, kept_TK, probs_TE, counts_E, aux_loss)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the kernel that does `logits`, `choose` and `aux_loss` at once stands for them; a subclass that
+        replaces one of them says False."""
+        return True
+
+    def logits(self, x_TM: Tensor) -> Tensor:
+        """Of tokens [T, M] for all experts: [T, E] float32."""
+        return x_TM.float() @ self.weight.float().t()
+
+    def choose(self, probs_TE: Tensor) -> Tensor:
+        """The K experts of each token, [T, K] int64, best first."""
+        return probs_TE.topk(self.spec.top_k, dim=1).indices
+
+    def aux_loss(self, probs_TE: Tensor, expert_ids_TK: Tensor) -> Tensor:
+        """Scalar float32, see `balance_loss`."""
+        return balance_loss(probs_TE, expert_ids_TK)
+
+    def keep(self, expert_ids_TK: Tensor) -> Tensor | None:
+        """Which copies are not dropped, [T, K] bool; None when nothing is."""
+        spec = self.spec
+        if spec.capacity_factor is None:
+            return None
+        return queue_positions(expert_ids_TK, spec.num_experts) < spec.capacity(len(expert_ids_TK))

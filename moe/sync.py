@@ -17,24 +17,29 @@ class GradientSync:
     """Averages gradients so that every system optimises the mean loss over all ranks' tokens.
 
     Dense gradients: all-reduce, divided by the world size. Gradients of sharded experts already hold the sum over the
-    tokens of their expert-parallel group; they are reduced over the replicas of the expert and divided alike.
+    tokens of their expert-parallel group; they are reduced over the replicas of the expert and divided alike. Gradients
+    of local parameters are divided only.
 
     Args:
         model: all its parameters with a gradient are reduced.
         sharded: those parameters of `model` that live on some ranks only.
         mesh: groups of the run.
+        local: those that every rank trains for itself.
     """
 
-    def __init__(self, model: nn.Module, sharded: Sequence[nn.Parameter], mesh: Mesh) -> None:
-        ids = {id(parameter) for parameter in sharded}
+    def __init__(
+        self, model: nn.Module, sharded: Sequence[nn.Parameter], mesh: Mesh, local: Sequence[nn.Parameter] = ()
+    ) -> None:
+        ids = {id(parameter) for parameter in [*sharded, *local]}
         self.mesh = mesh
-        self.sharded = list(sharded)
+        self.sharded, self.local = list(sharded), list(local)
         self.dense = [p for p in model.parameters() if p.requires_grad and id(p) not in ids]
 
     def reduce(self) -> None:
         """Reduce every gradient in place. Collective."""
         _reduce_bucket(self.dense, dist.group.WORLD, self.mesh.world_size, self.mesh.world_size)
         _reduce_bucket(self.sharded, self.mesh.edp_group, self.mesh.edp_size, self.mesh.world_size)
+        _reduce_bucket(self.local, None, 1, self.mesh.world_size)
 
     def clip(self, max_norm: float) -> Tensor:
         """Scale all gradients so that their global norm is at most `max_norm` (0: leave them). Collective.
@@ -42,12 +47,13 @@ class GradientSync:
         Returns:
             The norm before scaling, over each parameter of the whole model once; scalar float32, equal on all ranks.
         """
-        sharded_square = _sum_of_squares(self.sharded, self.mesh.device) / self.mesh.edp_size
-        dist.all_reduce(sharded_square)
-        norm = (_sum_of_squares(self.dense, self.mesh.device) + sharded_square).sqrt()
+        device = self.mesh.device
+        elsewhere_too = _sum_of_squares(self.sharded, device) / self.mesh.edp_size + _sum_of_squares(self.local, device)
+        dist.all_reduce(elsewhere_too)
+        norm = (_sum_of_squares(self.dense, device) + elsewhere_too).sqrt()
         if max_norm > 0:
             scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-            for grad in _gradients(self.dense + self.sharded):
+            for grad in _gradients(self.dense + self.sharded + self.local):
                 grad.mul_(scale)
         return norm
 

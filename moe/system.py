@@ -152,6 +152,10 @@ class MoELayer(nn.Module, ABC):
             return []
         return list({id(view.parameter): view.parameter for view in self.expert_views()}.values())
 
+    def local_parameters(self) -> dict[str, nn.Parameter]:
+        """Parameters that every rank trains for itself, by name: not reduced, and kept in checkpoints one a rank."""
+        return {}
+
 
 class NoOptions(BaseModel):
     """Options of a system that has none."""
@@ -168,6 +172,8 @@ class System(ABC):
         summary: half a sentence for tables.
         Options: pydantic model of the keys that conf/system/<name>.yaml may carry beside `name`.
         shards_experts: False when every rank holds all experts, for the estimate of its memory.
+        own_balance_loss: True when its balance loss is meant to differ from `moe.gate.balance_loss`; its outputs, and
+            the gradients without that loss, must still be the oracle's.
     """
 
     name: ClassVar[str]
@@ -175,6 +181,7 @@ class System(ABC):
     summary: ClassVar[str]
     Options: ClassVar[type[BaseModel]] = NoOptions
     shards_experts: ClassVar[bool] = True
+    own_balance_loss: ClassVar[bool] = False
 
     def __init__(self, options: BaseModel | dict[str, Any] | None = None) -> None:
         self.options: Any = options if isinstance(options, BaseModel) else self.Options.model_validate(options or {})
@@ -189,5 +196,22 @@ class System(ABC):
 
     def gradient_sync(self, model: nn.Module, mesh: Mesh) -> GradientSync:
         """How gradients are reduced after backward; the default reduces in one bucket once backward has ended."""
-        sharded = [p for layer in model.modules() if isinstance(layer, MoELayer) for p in layer.sharded_parameters()]
-        return GradientSync(model, sharded, mesh)
+        layers = moe_layers(model)
+        sharded = [parameter for layer in layers for parameter in layer.sharded_parameters()]
+        local = [parameter for layer in layers for parameter in layer.local_parameters().values()]
+        return GradientSync(model, sharded, mesh, local)
+
+    def after_step(self, model: nn.Module, optimizer: torch.optim.Optimizer, steps_done: int) -> None:
+        """What the system does between two training steps, such as moving experts. Collective; by default nothing.
+
+        Args:
+            model: that is trained; `moe_layers` finds its layers.
+            optimizer: that has just updated it.
+            steps_done: training steps since the run began, this one included.
+        """
+        return None
+
+
+def moe_layers(model: nn.Module) -> list[MoELayer]:
+    """The MoE layers of a model, in order."""
+    return [module for module in model.modules() if isinstance(module, MoELayer)]
