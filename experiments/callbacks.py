@@ -67,6 +67,7 @@ class Recorder(L.Callback):
         self.counts: list[np.ndarray] = []
         self.counted_steps: list[int] = []
         self.sample: tuple[int, np.ndarray] | None = None
+        self.observed: dict[str, np.ndarray] = {}
         self._cpu_start = 0.0
         self._pending: list[tuple[int, Tensor]] = []
         self._gather_after = 1
@@ -84,13 +85,15 @@ class Recorder(L.Callback):
         routing = self.run_dir.read_routing()
         if routing is not None:
             kept = routing["steps"] < start_step
-            self.counts = list(routing["expert_counts"][kept])
+            self.counts = list(routing["dispatch_counts"][kept])
             self.counted_steps = routing["steps"][kept].tolist()
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Start the clock, and take SIGTERM back: Lightning's handler would broadcast amid the model's collectives."""
         if self._sigterm is not None and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, self._sigterm)
+        assert isinstance(module, LanguageModel)
+        self.observed = {name: fact.numpy() for name, fact in module.gpt.moe_layers[0].observations().items()}
         self._restart_interval(trainer.global_step)
         self._cpu_start = time.thread_time()
 
@@ -183,10 +186,23 @@ class Recorder(L.Callback):
             for kind, value in zip(CLASSES, row, strict=True):
                 if value:
                     self._add(step, "bytes", float(value), "B/step", f"{level}/{kind}")
-        self.counts.append(counts.sum(0).view(num_layers, num_experts).long().numpy())
+        by_rank = counts.view(-1, num_layers, num_experts)
+        for level, share in zip(self.mesh.cluster.level_names, self._shares_by_level(by_rank.sum(1)), strict=True):
+            self._add(step, "routed_share", share, "1", level)
+        self.counts.append(by_rank.transpose(0, 1).to(torch.int32).numpy())
         self.counted_steps.append(step)
         assert self.progress is not None
         self.progress.advance(step + 1, float(loss.mean()))
+
+    def _shares_by_level(self, counts_WE: Tensor) -> list[float]:
+        """Of all copies, how many have their expert at each level's distance; experts lie in order, as many a rank."""
+        cluster, ep_size = self.mesh.cluster, self.mesh.ep_size
+        shares = [0.0] * len(cluster.levels)
+        for rank, counts_E in enumerate(counts_WE):
+            first = rank - rank % ep_size
+            for place, count in enumerate(counts_E.view(ep_size, -1).sum(1).tolist()):
+                shares[cluster.level_of(rank, first + place)] += count / float(counts_WE.sum())
+        return shares
 
     def _add(self, step: int, metric: str, value: float, unit: str, part: str = "") -> None:
         self.rows.append(MetricRow(step, metric, part, value, unit))
@@ -224,7 +240,8 @@ class Recorder(L.Callback):
         self.run_dir.write_metrics(self.rows, self.footer)
         if not self.counts:  # a checkpoint before the first logged step
             return
-        arrays = {"steps": np.array(self.counted_steps, dtype=np.int64), "expert_counts": np.stack(self.counts)}
+        arrays = {"steps": np.array(self.counted_steps, dtype=np.int64), "dispatch_counts": np.stack(self.counts)}
+        arrays |= self.observed
         if self.sample is not None:
             arrays |= {"sample_step": np.array(self.sample[0]), "sample_expert_ids": self.sample[1]}
         self.run_dir.write_routing(**arrays)

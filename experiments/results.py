@@ -31,7 +31,8 @@ METRICS_FOOTER = ("run_id", "system", "implementation", "seed", "kind", "cluster
 COLUMN_TYPES = {int: pa.int64(), float: pa.float64(), str: pa.string()}
 ROUTING_ARRAYS = {
     "steps": (np.int64, 1),
-    "expert_counts": (np.int64, 3),
+    "dispatch_counts": (np.int32, 4),
+    "target_shares": (np.float64, 2),
     "sample_step": (np.integer, 0),
     "sample_expert_ids": (np.int16, 3),
 }
@@ -277,9 +278,10 @@ class RunDir:
         """Write routing.npz whole: what the gates chose.
 
         Args:
-            arrays: `steps` int64 [steps]; `expert_counts` (copies per expert) int64 [steps, moe_layers, E];
-                `sample_step` int scalar and `sample_expert_ids` (the joint choices of all its tokens) int16
-                [moe_layers, T_global, K]. Any of them may be missing.
+            arrays: `steps` int64 [steps]; `dispatch_counts` (copies that each rank's tokens chose for each expert)
+                int32 [steps, moe_layers, W, E]; `sample_step` int scalar and `sample_expert_ids` (the joint choices of
+                all its tokens) int16 [moe_layers, T_global, K]; what the layers' `observations` tell. Any of them may
+                be missing.
         """
         for name, array in arrays.items():
             kind, num_dims = ROUTING_ARRAYS[name]

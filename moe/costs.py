@@ -7,11 +7,16 @@ The model knows no contention. What concurrent traffic costs has to be in beta, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+
+from moe.topology import Cluster
+
+Matrix = NDArray[np.float64]
 
 MIN_BETA_S_PER_BYTE = 1e-15
 """Where a fit stops that would make bytes free: 1 PB/s, more than any link or memory has."""
@@ -72,6 +77,27 @@ def _r2(
     if total <= 1e-24 * len(t):
         return 0.0
     return 1.0 - float(np.sum(weights * (t - fitted) ** 2)) / total
+
+
+def pair_costs(cluster: Cluster, ranks: Sequence[int]) -> tuple[Matrix, Matrix]:
+    """What a message from each rank to each other costs, by the level of the pair.
+
+    A rank's copy to itself has the cost of the level `self` where it is known, else that of the innermost level between
+    ranks.
+
+    Args:
+        cluster: whose levels above the rank have costs, as far as `ranks` need them.
+        ranks: P of the cluster's.
+
+    Returns:
+        alpha [P, P] in seconds and beta [P, P] in seconds per byte, float64; nan where a level has no cost.
+    """
+    known = [AlphaBeta(*(math.nan if v is None else v for v in (x.alpha_s, x.beta_s_per_byte))) for x in cluster.levels]
+    if math.isnan(known[0].beta_s_per_byte) and len(known) > 1:
+        known[0] = next((known[i] for i in range(1, len(known)) if cluster.levels[i].fanout > 1), known[0])
+    levels_PP = np.array([[cluster.level_of(a, b) for b in ranks] for a in ranks])
+    alphas, betas = (np.array(values) for values in zip(*((c.alpha_s, c.beta_s_per_byte) for c in known), strict=True))
+    return alphas[levels_PP], betas[levels_PP]
 
 
 def slowest_pair_s(costs: Iterable[AlphaBeta], size_bytes: float) -> float:

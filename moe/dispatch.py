@@ -63,6 +63,27 @@ class _WeightedSum(torch.autograd.Function):
         return *ops.weighted_sum_backward(grad_TM, copies_SM, order, inverse_TK, weights_TK), None, None
 
 
+def permute(rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+    """rows[order], differentiable. `order` holds every row once, `inverse` is its inverse; [R] int64."""
+    return _Permute.apply(rows, order, inverse)
+
+
+def expand(x_TM: Tensor, order: Tensor, inverse_TK: Tensor) -> Tensor:
+    """Tokens [T, M] to their kept copies [S, M], differentiable.
+
+    Args:
+        x_TM: tokens.
+        order: [S] int64, place of a copy -> flat copy t * K + k.
+        inverse_TK: [T, K] int64, its inverse; S where the copy is dropped.
+    """
+    return _Expand.apply(x_TM, order, inverse_TK)
+
+
+def weighted_sum(copies_SM: Tensor, weights_TK: Tensor, order: Tensor, inverse_TK: Tensor) -> Tensor:
+    """Copies [S, M] to the weighted sum of each token's, [T, M]; differentiable, with the arguments of `expand`."""
+    return _WeightedSum.apply(copies_SM, weights_TK.contiguous(), order, inverse_TK)
+
+
 @dataclass(frozen=True)
 class DispatchPlan:
     """Where the copies of one layer call travel.
@@ -179,7 +200,7 @@ class AllToAllDispatcher(Dispatcher):
     def dispatch(self, x_TM: Tensor, routing: Routing) -> tuple[Tensor, DispatchPlan]:
         """As `Dispatcher.dispatch`."""
         plan = self.plan(routing)
-        copies_SM = _Expand.apply(x_TM, plan.order, plan.inverse_TK)
+        copies_SM = expand(x_TM, plan.order, plan.inverse_TK)
         rows_RM = all_to_all_v(copies_SM, plan.receive_rows, plan.send_rows, self.group)
         if plan.expert_order is not None:
             rows_RM = _Permute.apply(rows_RM, plan.expert_order, plan.expert_inverse)
@@ -190,4 +211,4 @@ class AllToAllDispatcher(Dispatcher):
         if plan.expert_order is not None:
             rows_RM = _Permute.apply(rows_RM, plan.expert_inverse, plan.expert_order)
         copies_SM = all_to_all_v(rows_RM, plan.send_rows, plan.receive_rows, self.group)
-        return _WeightedSum.apply(copies_SM, weights_TK.contiguous(), plan.order, plan.inverse_TK)
+        return weighted_sum(copies_SM, weights_TK, plan.order, plan.inverse_TK)

@@ -45,15 +45,22 @@ def _none_dropped(device: torch.device) -> Tensor:
     return torch.zeros((), dtype=torch.int64, device=device)
 
 
-def balance_loss(probs_TE: Tensor, expert_ids_TK: Tensor) -> Tensor:
+def balance_loss(probs_TE: Tensor, expert_ids_TK: Tensor, penalty_E: Tensor | None = None) -> Tensor:
     """E * sum_e f_e * p_e, with p_e the mean probability of e and f_e the share of choices that e got.
 
     The choices counted are the first ones for K <= 2 (GShard, algorithm 1; Switch, equation 4) and all of them, divided
     by K, above: what DeepSpeed computes. It is 1 when all is uniform. No gradient goes through f.
+
+    Args:
+        probs_TE: [T, E] float32.
+        expert_ids_TK: [T, K] int64.
+        penalty_E: [E], a further factor in the sum; None for ones.
     """
     num_experts = probs_TE.shape[1]
     counted = expert_ids_TK[:, :1] if expert_ids_TK.shape[1] <= 2 else expert_ids_TK
     shares_E = ops.count_choices(counted, num_experts).to(probs_TE.dtype) / counted.numel()
+    if penalty_E is not None:
+        shares_E = shares_E * penalty_E
     return num_experts * (shares_E * probs_TE.mean(0)).sum()
 
 

@@ -43,6 +43,11 @@ class Mesh:
         return self.rank % self.ep_size
 
     @property
+    def ep_ranks(self) -> list[int]:
+        """Ranks of this rank's expert-parallel group, in order."""
+        return list(range(self.rank - self.ep_rank, self.rank - self.ep_rank + self.ep_size))
+
+    @property
     def edp_size(self) -> int:
         """Ranks that hold the same experts as this one."""
         return self.world_size // self.ep_size

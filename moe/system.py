@@ -146,6 +146,10 @@ class MoELayer(nn.Module, ABC):
         """Which of several implementations runs here, in a phrase for results; empty where there is one."""
         return ""
 
+    def observations(self) -> dict[str, Tensor]:
+        """Facts worth keeping beside a run's routing, by name; the same on all ranks."""
+        return {}
+
     def sharded_parameters(self) -> list[nn.Parameter]:
         """Parameters whose gradient is not reduced over the whole world."""
         if not self.experts_are_sharded:

@@ -21,11 +21,14 @@ from experiments.registry import create, discover
 from moe.mesh import Mesh, create_mesh
 from moe.stages import STAGES, StageClock
 from moe.system import Activation, LayerSpec, MoELayer, MoEOutput, System
-from moe.topology import cluster_of
+from moe.topology import Cluster, Level
 from moe.weights import load_layer, seeded_generator
 from moe.workload import Workload, expert_ids, gate_for, tokens_for
 from tests.comparing import relative_error
 from tests.wrong_systems import WRONG
+
+CLUSTER = Cluster("contract", (Level("self", 1), Level("node", 2, 1e-5, 1e-9), Level("network", 2, 1e-4, 8e-9)))
+"""With costs, for systems that go by them."""
 
 NUM_TOKENS, MODEL_DIM, HIDDEN_DIM, NUM_EXPERTS, WORLD_SIZE = 24, 32, 48, 8, 4
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
@@ -92,8 +95,7 @@ def measure(payload: dict[str, Any], info: RankInfo) -> dict[str, dict[str, list
         info: of this rank.
     """
     torch.set_num_threads(1)
-    cluster = cluster_of([2, WORLD_SIZE // 2])
-    meshes = {size: create_mesh(cluster, info.device, size) for size in sorted({case.ep_size for case in CASES})}
+    meshes = {size: create_mesh(CLUSTER, info.device, size) for size in sorted({case.ep_size for case in CASES})}
     jobs = [(name, create(name), case) for name in payload["systems"] for case in CASES]
     jobs += [(wrong.name, wrong(), case) for wrong in WRONG for case in CASES if case.name == wrong.case]
     records: dict[str, dict[str, list[Record]]] = {}
@@ -115,7 +117,7 @@ class Run:
     stage_times_s: dict[str, float]
 
 
-def _run(system: System, case: Case, mesh: Mesh, dtype: torch.dtype | None = None) -> Run:
+def _run(system: System, case: Case, mesh: Mesh, aux_weight: float, dtype: torch.dtype | None = None) -> Run:
     """Run a system on this rank's tokens of the case; in another dtype than the case's if one is given."""
     spec = dataclasses.replace(case.spec, dtype=dtype or case.dtype)
     layer = system.build_layer(spec, mesh)
@@ -137,7 +139,7 @@ def _run(system: System, case: Case, mesh: Mesh, dtype: torch.dtype | None = Non
     clock = StageClock([layer])
     with clock.timed():
         output = layer(x_TM)
-        ((output.y_TM * probe_TM).sum() + AUX_WEIGHT * output.aux_loss).backward()
+        ((output.y_TM * probe_TM).sum() + aux_weight * output.aux_loss).backward()
     for handle in handles:
         handle.remove()
     system.gradient_sync(layer, mesh).reduce()
@@ -154,10 +156,12 @@ def _record(system: System, case: Case, mesh: Mesh) -> Record:
     if reasons:
         return {"refused": reasons}
     try:
-        run, again = _run(system, case, mesh), _run(system, case, mesh)
+        # A balance loss of its own can't be held against the oracle's; all else can.
+        aux_weight = 0.0 if system.own_balance_loss else AUX_WEIGHT
+        run, again = _run(system, case, mesh, aux_weight), _run(system, case, mesh, aux_weight)
     except Exception as error:  # becomes a violation of this system; the others are still judged
         return {"failed": f"{type(error).__name__}: {error}"}
-    oracle = _run(Reference(), case, mesh, torch.float32)
+    oracle = _run(Reference(), case, mesh, aux_weight, torch.float32)
     output, expected = run.output, oracle.output
     errors = {"output": relative_error(output.y_TM, expected.y_TM)}
     errors |= {name: relative_error(grad, oracle.gradients[name]) for name, grad in run.gradients.items()}
@@ -170,7 +174,7 @@ def _record(system: System, case: Case, mesh: Mesh) -> Record:
         over_capacity = int((expected.counts_E - case.spec.capacity(NUM_TOKENS)).clamp_min(0).sum())
     return {
         "errors": errors,
-        "aux_error": relative_error(output.aux_loss, expected.aux_loss),
+        "aux_error": 0.0 if system.own_balance_loss else relative_error(output.aux_loss, expected.aux_loss),
         "dtype": str(output.y_TM.dtype),
         "held": sorted({f"{view.expert} {view.name}" for view in run.layer.expert_views()}),
         "counts": output.counts_E.tolist(),

@@ -106,8 +106,8 @@ def test_what_a_run_leaves(config: Callable[..., RunConfig]) -> None:
     assert wanted.items() <= footer.items()
     routing = run_dir.read_routing()
     assert routing is not None
-    assert routing["expert_counts"].shape == (6, 2, 4)
-    assert (routing["expert_counts"].sum(2) == 4 * 16 * 2).all()  # sequences x tokens x choices
+    assert routing["dispatch_counts"].shape == (6, 2, run.cluster.world_size, 4)
+    assert (routing["dispatch_counts"].sum((2, 3)) == 4 * 16 * 2).all()  # sequences x tokens x choices
     assert routing["sample_expert_ids"].shape == (2, 64, 2)
 
 

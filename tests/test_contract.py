@@ -10,8 +10,7 @@ import pytest
 
 from experiments.launch import run_ranks
 from experiments.registry import create
-from moe.topology import cluster_of
-from tests.contract import CASES, WORLD_SIZE, Case, Record, system_names, violations
+from tests.contract import CASES, CLUSTER, WORLD_SIZE, Case, Record, system_names, violations
 from tests.wrong_systems import WRONG, Wrong
 
 SYSTEMS = system_names()
@@ -45,7 +44,7 @@ def test_wrong_system_is_caught(wrong: type[Wrong], records: dict[str, dict[str,
 @pytest.mark.parametrize("system", SYSTEMS)
 def test_system_runs_or_names_the_package_that_is_missing(system: str) -> None:
     """A system can't keep the contract by refusing it: the plainest case must run where its package is installed."""
-    refusals = create(system).refusals(BY_NAME["top2-gelu"].spec, cluster_of([2, 2]))
+    refusals = create(system).refusals(BY_NAME["top2-gelu"].spec, CLUSTER)
     assert all("not installed" in reason and "https://" in reason for reason in refusals), refusals
 
 

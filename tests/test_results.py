@@ -128,23 +128,23 @@ def test_any_named_tuple_makes_a_table(tmp_path: Path) -> None:
 
 def test_routing_round_trip(run_dir: RunDir) -> None:
     assert run_dir.read_routing() is None
-    counts = np.arange(12, dtype=np.int64).reshape(2, 3, 2)
+    counts = np.arange(24, dtype=np.int32).reshape(2, 3, 2, 2)
     chosen = np.arange(30, dtype=np.int16).reshape(3, 5, 2)
     run_dir.write_routing(
-        steps=np.array([0, 5]), expert_counts=counts, sample_step=np.array(5), sample_expert_ids=chosen
+        steps=np.array([0, 5]), dispatch_counts=counts, sample_step=np.array(5), sample_expert_ids=chosen
     )
     routing = run_dir.read_routing()
     assert routing is not None
     assert routing["steps"].tolist() == [0, 5]
-    np.testing.assert_array_equal(routing["expert_counts"], counts)
+    np.testing.assert_array_equal(routing["dispatch_counts"], counts)
     assert int(routing["sample_step"]) == 5
     np.testing.assert_array_equal(routing["sample_expert_ids"], chosen)
     assert routing["sample_expert_ids"].dtype == np.int16
 
 
 def test_routing_of_a_wrong_shape_is_our_bug(run_dir: RunDir) -> None:
-    with pytest.raises(AssertionError, match="expert_counts"):
-        run_dir.write_routing(steps=np.array([0]), expert_counts=np.zeros((1, 4), dtype=np.int64))
+    with pytest.raises(AssertionError, match="dispatch_counts"):
+        run_dir.write_routing(steps=np.array([0]), dispatch_counts=np.zeros((1, 4), dtype=np.int32))
 
 
 def test_manifest_round_trip(run_dir: RunDir) -> None:
@@ -180,9 +180,9 @@ def test_a_full_disk_leaves_the_old_file_whole(run_dir: RunDir, monkeypatch: pyt
 @pytest.mark.parametrize("what", ["metrics", "routing", "status"])
 def test_a_disk_that_is_really_full_leaves_the_old_files_whole(run_dir: RunDir, what: str) -> None:
     """The kernel itself refuses in a process whose files may not grow beyond 100 bytes."""
-    old = np.zeros((1, 1, 1), dtype=np.int64)
+    old = np.zeros((1, 1, 1, 1), dtype=np.int32)
     run_dir.write_metrics(ROWS, FOOTER)
-    run_dir.write_routing(steps=np.array([0]), expert_counts=old)
+    run_dir.write_routing(steps=np.array([0]), dispatch_counts=old)
     run_dir.set_status("running", "first")
     before = {name: (run_dir.path / name).read_bytes() for name in names(run_dir.path)}
     program = f"""
@@ -195,7 +195,8 @@ try:
     if {what!r} == "metrics":
         run_dir.write_metrics([MetricRow(n, "loss", "", 1.0 / (n + 1), "nats/token") for n in range(10000)], {FOOTER!r})
     elif {what!r} == "routing":
-        run_dir.write_routing(steps=np.arange(10000), expert_counts=np.arange(10000).reshape(-1, 1, 1))
+        counts = np.arange(10000, dtype=np.int32).reshape(-1, 1, 1, 1)
+        run_dir.write_routing(steps=np.arange(10000), dispatch_counts=counts)
     else:
         run_dir.set_status("failed", "x" * 1000)
 except ResultsWriteError as error:

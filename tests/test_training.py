@@ -81,7 +81,7 @@ def test_checkpoints_and_validations_between_logged_steps(config: Configure) -> 
     routing, whole = rarely.read_routing(), always.read_routing()
     assert routing is not None and whole is not None
     assert routing["steps"].tolist() == [3, 5]
-    assert (routing["expert_counts"] == whole["expert_counts"][[3, 5]]).all()
+    assert (routing["dispatch_counts"] == whole["dispatch_counts"][[3, 5]]).all()
 
 
 def test_what_is_noted_before_a_checkpoint_is_written_with_it(

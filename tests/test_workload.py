@@ -110,7 +110,7 @@ def test_replay_goes_through_the_recorded_tokens_rank_by_rank(recording: Path) -
     ("arrays", "changed", "message"),
     [
         (None, {}, "replay needs the routing.npz of a run"),
-        ({"expert_counts": np.zeros((1, 2, 4), int)}, {}, "no readable array sample_expert_ids"),
+        ({"dispatch_counts": np.zeros((1, 2, 4), int)}, {}, "no readable array sample_expert_ids"),
         (
             {"sample_expert_ids": np.zeros((5, 2), int)},
             {},

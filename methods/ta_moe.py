@@ -1,0 +1,273 @@
+"""TA-MoE: topology-aware MoE training (Chen et al., NeurIPS 2022, arXiv 2302.09915).
+
+Each rank's balance loss is weighted by what the way to an expert costs, so that training learns to send most copies
+where they are cheap. What this follows is the paper's abstract and released code; choices of ours say so.
+
+Locality needs gate state of a rank's own: with one gate and like data on all ranks, the ranks' penalties average out in
+the reduction of the gradients. `gate` says which state that is.
+
+Dimensions: T tokens of a rank, K choices, M model, E experts, P ranks of the expert-parallel group, L experts a rank.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from methods.ta_moe_target import Matrix, balanced, closed_form, penalties, smooth
+from moe.costs import pair_costs
+from moe.dispatch import Dispatcher
+from moe.gate import TopKGate, balance_loss, queue_positions
+from moe.layer import NativeMoE, default_dispatcher
+from moe.mesh import Mesh
+from moe.static_dispatch import StaticDispatcher
+from moe.system import LayerSpec, MoELayer, System, moe_layers
+from moe.topology import Cluster
+
+MEASURE = "measure them with `python -m experiments.comm cluster=<this one> write_to=conf/cluster/mine.yaml`"
+EVEN = 1e-9
+"""Shares that differ by less are even: the cluster is one level, and TA-MoE is plain MoE."""
+
+
+class Options(BaseModel):
+    """Options of conf/system/ta_moe.yaml.
+
+    Args:
+        mode: how it is built in: `fastmoe` drops nothing and exchanges counts; `deepspeed` gives every pair of a rank
+            and an expert a static capacity in proportion to the target, known to all.
+        gate: what a rank has of its own: a `bias` on the gate's logits; its whole gate (`local`; the released code); or
+            nothing (`synchronised`), the negative control.
+        average_every: steps after which local gates are averaged over ranks (released code: 1000); null: never.
+        bias_scale: the bias is this times a parameter, so that it learns so many times as fast (ours).
+        self_cost: of copies that stay on their rank: as inside the `node`, or the device's `own` (ours).
+        norm: of the penalty, see `methods.ta_moe_target.penalties`; `sum` is ours, the released code takes `softmax`.
+        topology_file: text file of a P x P matrix, inverse bandwidth in any unit, in place of the cluster's costs.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+    mode: Literal["fastmoe", "deepspeed"] = "fastmoe"
+    gate: Literal["bias", "local", "synchronised"] = "bias"
+    average_every: int | None = Field(default=None, ge=1, examples=[1000])
+    bias_scale: float = Field(default=10.0, gt=0, allow_inf_nan=False)
+    self_cost: Literal["node", "own"] = "node"
+    norm: Literal["sum", "softmax"] = "sum"
+    topology_file: str | None = Field(default=None, min_length=1, examples=["topology.txt"])
+
+    @field_validator("topology_file")
+    @classmethod
+    def _readable(cls, value: str | None) -> str | None:
+        if value is not None:
+            read_topology(value)
+        return value
+
+
+def read_topology(path: str) -> Matrix:
+    """The square matrix of a topology file, float64 [P, P].
+
+    Raises:
+        ValueError: the file is missing, not a matrix of numbers, not square, or not positive.
+    """
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise ValueError(f"there is no such file (looked at {file.absolute()})")
+    try:
+        beta_PP = np.loadtxt(file, ndmin=2)
+    except ValueError as error:
+        raise ValueError(f"must be a matrix of numbers, a rank's row a line ({error})") from None
+    if beta_PP.shape[0] != beta_PP.shape[1]:
+        raise ValueError(
+            f"must be square, a row and a column for every rank, and is {' x '.join(map(str, beta_PP.shape))}"
+        )
+    if not (np.isfinite(beta_PP).all() and (beta_PP > 0).all()):
+        raise ValueError("must hold positive, finite numbers only: inverse bandwidths")
+    return beta_PP
+
+
+class StaticCapacities:
+    """Slots of every rank for every expert: ceil(c * K * T * share / L), at least 1, with c the capacity factor.
+
+    Args:
+        spec: of the layer; its capacity factor is c.
+        shares_PP: target.
+    """
+
+    def __init__(self, spec: LayerSpec, shares_PP: Matrix) -> None:
+        assert spec.capacity_factor is not None
+        num_local = spec.num_experts // len(shares_PP)
+        per_token_PE = spec.capacity_factor * spec.top_k / num_local * shares_PP.repeat(num_local, axis=1)
+        self.per_token_PE = torch.from_numpy(per_token_PE)
+
+    def __call__(self, num_tokens: int) -> Tensor:
+        """[P, E] int64 for T tokens a rank."""
+        return (num_tokens * self.per_token_PE).round(decimals=6).ceil().clamp_min(1).long()
+
+
+class TopologyGate(TopKGate):
+    """The top-k gate whose balance loss is weighted by this rank's penalties.
+
+    Args:
+        spec: of the layer.
+        mesh: of the run.
+        penalty_E: [E] float32, mean 1; None for ones.
+        capacities: slots of every rank for every expert; None for the suite's drop rule.
+        own_bias: whether this rank's logits have a bias of their own.
+        bias_scale: see `Options`.
+    """
+
+    def __init__(
+        self,
+        spec: LayerSpec,
+        mesh: Mesh,
+        penalty_E: Tensor | None,
+        capacities: StaticCapacities | None,
+        own_bias: bool,
+        bias_scale: float,
+    ) -> None:
+        super().__init__(spec, mesh.device)
+        self.mesh, self.capacities, self.bias_scale = mesh, capacities, bias_scale
+        self.penalty_E = penalty_E
+        self.bias_E = nn.Parameter(torch.zeros(spec.num_experts, device=mesh.device)) if own_bias else None
+
+    @property
+    def is_plain(self) -> bool:
+        """Only where nothing is dearer than anything else."""
+        return self.penalty_E is None and self.bias_E is None
+
+    def logits(self, x_TM: Tensor) -> Tensor:
+        """As `TopKGate.logits`, with this rank's bias."""
+        logits_TE = super().logits(x_TM)
+        return logits_TE if self.bias_E is None else logits_TE + self.bias_scale * self.bias_E
+
+    def aux_loss(self, probs_TE: Tensor, expert_ids_TK: Tensor) -> Tensor:
+        """E * sum_e p_e * f_e * m_e with this rank's penalties p, shares of choices f, mean probabilities m.
+
+        Choices are counted as in `moe.gate.balance_loss`, which this is when all is equally dear (the released code
+        counts all K choices). The minimum under f = m and p proportional to 1 / c_hat is m proportional to c_hat.
+        """
+        return balance_loss(probs_TE, expert_ids_TK, self.penalty_E)
+
+    def keep(self, expert_ids_TK: Tensor) -> Tensor | None:
+        """In DeepSpeed mode as many copies as this rank has slots for the expert, else as `TopKGate.keep`."""
+        if self.capacities is None:
+            return super().keep(expert_ids_TK)
+        slots_E = self.capacities(len(expert_ids_TK))[self.mesh.ep_rank].to(expert_ids_TK.device)
+        return queue_positions(expert_ids_TK, self.spec.num_experts) < slots_E[expert_ids_TK]
+
+
+class TopologyAwareMoE(NativeMoE):
+    """The native layer with the topology-aware gate and, in DeepSpeed mode, static capacities."""
+
+    gate: TopologyGate
+
+    def __init__(self, spec: LayerSpec, mesh: Mesh, options: Options) -> None:
+        self.options = options
+        self.shares_PP = target_shares(options, mesh.cluster, mesh.ep_ranks)
+        is_even = np.abs(self.shares_PP * mesh.ep_size - 1).max() < EVEN
+        penalty_E = None
+        if not is_even:
+            penalty_P = penalties(self.shares_PP, options.norm)[mesh.ep_rank]
+            penalty_E = torch.from_numpy(penalty_P.repeat(spec.num_experts // mesh.ep_size)).float().to(mesh.device)
+        capacities = StaticCapacities(spec, self.shares_PP) if options.mode == "deepspeed" else None
+        own_bias = options.gate == "bias" and not is_even
+        gate = TopologyGate(spec, mesh, penalty_E, capacities, own_bias, options.bias_scale)
+        dispatcher: Dispatcher = (
+            default_dispatcher(spec, mesh)
+            if capacities is None
+            else StaticDispatcher(mesh, spec.num_experts, capacities)
+        )
+        super().__init__(spec, mesh, gate, dispatcher)
+
+    def local_parameters(self) -> dict[str, nn.Parameter]:
+        """The rank's own bias or gate."""
+        if self.gate.bias_E is not None:
+            return {"gate_bias": self.gate.bias_E}
+        return {"gate": self.gate.weight} if self.options.gate == "local" else {}
+
+    def observations(self) -> dict[str, Tensor]:
+        """target_shares [W, E] float64: of each rank's copies, how many should go to each expert."""
+        num_local = self.spec.num_experts // self.mesh.ep_size
+        shares_PE = torch.from_numpy(self.shares_PP.repeat(num_local, axis=1) / num_local)
+        return {"target_shares": shares_PE} if self.mesh.ep_size == self.mesh.world_size else {}
+
+
+def target_shares(options: Options, cluster: Cluster, ranks: list[int]) -> Matrix:
+    """c_hat as shares of each rank's copies, [P, P]; rows and columns sum to 1.
+
+    Args:
+        options: of the system.
+        cluster: the ranks' levels, and their costs where no topology file stands in for them; nothing `missing_costs`.
+        ranks: of the expert-parallel group, in order.
+    """
+    levels_PP = np.array([[cluster.level_of(a, b) for b in ranks] for a in ranks])
+    apart = levels_PP[levels_PP > 0]
+    if len(np.unique(apart)) <= 1 and options.self_cost == "node":
+        return np.full(levels_PP.shape, 1 / len(ranks))
+    if options.topology_file is None:
+        beta_PP = pair_costs(cluster, ranks)[1]
+    else:
+        beta_PP = smooth(read_topology(options.topology_file)[np.ix_(ranks, ranks)], levels_PP)
+    if options.self_cost == "node":
+        np.fill_diagonal(beta_PP, beta_PP[levels_PP == apart.min()].mean())
+    return balanced(closed_form(beta_PP))
+
+
+def missing_costs(options: Options, cluster: Cluster) -> list[str]:
+    """Names of the levels whose cost the target needs and nobody measured."""
+    apart = [level for level in cluster.levels[1:] if level.fanout > 1]
+    if options.topology_file is not None or (len(apart) <= 1 and options.self_cost == "node"):
+        return []
+    needed = apart if options.self_cost == "node" else [cluster.levels[0], *apart]
+    return [level.name for level in needed if not level.beta_s_per_byte]
+
+
+class TAMoE(System):
+    """TA-MoE in both of its integrations."""
+
+    name = "ta_moe"
+    implementation = "native"
+    summary = "topology-aware balance loss: most copies go where they are cheap"
+    Options = Options
+    own_balance_loss = True
+
+    def refusals(self, spec: LayerSpec, cluster: Cluster) -> list[str]:
+        """Costs that nobody measured, a topology of another size, a mode without its capacity factor or with one."""
+        options, reasons = self.options, []
+        if missing := missing_costs(options, cluster):
+            reasons.append(
+                f"TA-MoE needs the cost of the level{'s' * (len(missing) > 1)} {' and '.join(missing)} of cluster "
+                f"{cluster.name}: {MEASURE}, or give topology_file."
+            )
+        if options.topology_file is not None:
+            size = len(read_topology(options.topology_file))
+            if size != cluster.world_size:
+                reasons.append(
+                    f"The topology file {options.topology_file} is of {size} ranks, cluster {cluster.name} has "
+                    f"{cluster.world_size}."
+                )
+        if options.mode == "deepspeed" and spec.capacity_factor is None:
+            reasons.append("TA-MoE's mode=deepspeed needs a capacity factor: set capacity_factor, or mode=fastmoe.")
+        if options.mode == "fastmoe" and spec.capacity_factor is not None:
+            reasons.append("TA-MoE's mode=fastmoe drops nothing: set capacity_factor=null, or mode=deepspeed.")
+        if options.average_every is not None and options.gate != "local":
+            reasons.append("TA-MoE averages local gates only: leave average_every out, or set gate=local.")
+        return reasons
+
+    def build_layer(self, spec: LayerSpec, mesh: Mesh) -> MoELayer:
+        """The layer."""
+        return TopologyAwareMoE(spec, mesh, self.options)
+
+    def after_step(self, model: nn.Module, optimizer: Optimizer, steps_done: int) -> None:
+        """Average local gates every so many steps: a reset of the locality that they have learned."""
+        every = self.options.average_every
+        if every is None or steps_done % every:
+            return
+        for layer in moe_layers(model):
+            dist.all_reduce(layer.gate_weight.data)
+            layer.gate_weight.data /= layer.mesh.world_size
