@@ -31,7 +31,7 @@ FIGURES = {
     "stages": "Stage times of one timed step",
 }
 
-__all__ = ["FIGURES", "INDEX", "format_table", "main", "regenerate", "write"]
+__all__ = ["FIGURES", "INDEX", "format_table", "main", "read_index", "regenerate", "write"]
 
 
 def write(out_dir: Path, run_dirs: list[Path], samples_dir: Path | None, baseline: str = "flat") -> pd.DataFrame:
@@ -67,14 +67,23 @@ def regenerate(folder: Path) -> pd.DataFrame:
     """Write tables and figures of `folder` again, from the runs and samples that its compare.json lists.
 
     Raises:
-        ResultsError: no compare.json, one that can't be read, or as `write`.
+        ResultsError: as `read_index` and `write`.
+    """
+    return write(folder, *read_index(folder))
+
+
+def read_index(folder: Path) -> tuple[list[Path], Path | None, str]:
+    """(run folders, folder of the samples, baseline) of the comparison in `folder`, as its compare.json lists them.
+
+    Raises:
+        ResultsError: no compare.json, or one that can't be read.
     """
     path = folder / INDEX
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
         runs = [folder / name for name in index["runs"]]
         samples = None if index["samples"] is None else folder / index["samples"]
-        baseline = str(index["baseline"])
+        return runs, samples, str(index["baseline"])
     except FileNotFoundError as error:
         raise ResultsError(f"{path}: there is no such file. Fix: run `python -m experiments.compare` first.") from error
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -82,7 +91,6 @@ def regenerate(folder: Path) -> pd.DataFrame:
             f"{path}: must be a JSON object with runs (list of folders), samples (folder) and baseline (name); "
             f"{type(error).__name__}: {error}. Fix: run `python -m experiments.compare` again."
         ) from error
-    return write(folder, runs, samples, baseline)
 
 
 def _index(out_dir: Path, run_dirs: Sequence[Path], samples_dir: Path | None, baseline: str) -> str:

@@ -185,17 +185,18 @@ def format_table(summary: pd.DataFrame) -> str:
     """
     table = people_table(summary)
     is_stage = [" ms: " in name for name in table.columns]
-    blocks = [_aligned(table.loc[:, [not stage for stage in is_stage]])]
+    blocks = [aligned(table.loc[:, [not stage for stage in is_stage]])]
     stages = table.loc[:, ["system", *table.columns[is_stage]]]
     if (stages.iloc[:, 1:] != NOTHING).any(axis=None):
-        blocks.append(_aligned(stages))
+        blocks.append(aligned(stages))
     problems = odd_rows(summary)
     if problems:
         blocks.append("\n".join(["without numbers:", *(f"  {problem}" for problem in problems)]))
     return "\n\n".join(blocks) + "\n"
 
 
-def _aligned(table: pd.DataFrame) -> str:
+def aligned(table: pd.DataFrame) -> str:
+    """A table of text cells for a terminal: headings, a rule, rows; `system` and `status` start left."""
     cells = [list(table.columns), *([str(cell) for cell in row] for row in table.itertuples(index=False))]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = []

@@ -74,6 +74,7 @@ class BenchRun:
                 rate_mbit=config.cluster.rate_mbit,
                 log_dir=self.dir.logs,
                 timeout_s=timeout_s,
+                env=config.cluster.variables,
             )
         except SuiteError as error:
             if is_main_process():

@@ -182,6 +182,7 @@ def _launch(configs: Sequence[RunConfig]) -> None:
         rate_mbit=first.cluster.rate_mbit,
         log_dir=run_dir_of(first).logs,
         timeout_s=first.trainer.timeout_s,
+        env=first.cluster.variables,
     )
 
 

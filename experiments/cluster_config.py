@@ -10,6 +10,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from experiments.join import ranks_here
+from experiments.split import MAX_SOCKET_THREADS, MAX_SOCKETS, socket_variables, split_emulation
 from moe.topology import Cluster, Level
 
 STRICT = ConfigDict(extra="forbid", strict=True, frozen=True)
@@ -42,17 +43,30 @@ class ClusterConfig(BaseModel):
         default=None, description="innermost first; null: as launched, or as local GPUs"
     )
     local_copy: CopyConfig | None = Field(default=None, description="the level `self`; null: not measured")
-    launch: Literal["spawn", "netns", "join"] = Field(
-        "spawn", description="join: torchrun or srun must start the ranks"
+    launch: Literal["spawn", "netns", "join", "split"] = Field(
+        "spawn", description="join: torchrun or srun must start the ranks; split: one host's GPUs as NCCL's nodes"
     )
-    emulation: str = Field(default="", description="what stands in for a real cluster; goes into every result")
+    emulation: str = Field(
+        default="", description="what stands in for a real cluster; goes into every result; split writes its own"
+    )
     rate_mbit: float | None = Field(default=None, gt=0, allow_inf_nan=False, examples=[500], description="netns only")
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    sockets_per_thread: int | None = Field(
+        default=None, ge=1, le=MAX_SOCKETS, examples=[4], description="split only; null: NCCL's default"
+    )
+    socket_threads: int | None = Field(
+        default=None, ge=1, le=MAX_SOCKET_THREADS, examples=[4], description="split only; null: NCCL's default"
+    )
 
     @property
     def world_size(self) -> int:
         """Number of ranks, as declared or derived."""
         return prod(level.fanout for level in self.levels or derived_levels())
+
+    @property
+    def variables(self) -> dict[str, str]:
+        """Environment that its ranks need, all of them alike."""
+        return socket_variables(self.sockets_per_thread, self.socket_threads)
 
 
 def derived_levels() -> list[LevelConfig]:
@@ -76,11 +90,15 @@ def gpus_suffice(num_ranks: int) -> bool:
 
 
 def resolve_cluster(config: ClusterConfig) -> ClusterConfig:
-    """The same cluster with its levels and its device settled: `auto` is CUDA if it suffices for all ranks."""
-    device = config.device
+    """The same cluster with its levels, its device and a split host's emulation settled: `auto` is CUDA if it suffices
+    for all ranks."""
+    device, levels, emulation = config.device, config.levels or derived_levels(), config.emulation
     if device == "auto":
         device = "cuda" if config.launch != "netns" and gpus_suffice(config.world_size) else "cpu"
-    return config.model_copy(update={"levels": config.levels or derived_levels(), "device": device})
+    if config.launch == "split":
+        size = levels[0].fanout
+        emulation = split_emulation(config.world_size // size, size, config.sockets_per_thread, config.socket_threads)
+    return config.model_copy(update={"levels": levels, "device": device, "emulation": emulation})
 
 
 def cluster_from(config: ClusterConfig) -> Cluster:

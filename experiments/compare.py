@@ -1,7 +1,8 @@
 """Systems side by side: `python -m experiments.compare`, or `make compare`.
 
 Trains every system with every seed on the same text, times whole training steps of all systems in turn in one process
-group, and writes table and figures to outputs/compare/.
+group, and writes table and figures to outputs/compare/. Each is timed going on from its own last checkpoint
+(`timing.weights=initial`: from the first weights, which all share).
 """
 
 from __future__ import annotations
@@ -51,10 +52,9 @@ def _time(config: CompareConfig, overrides: list[str], failed: dict[str, str], t
     timing = BenchRun(config, overrides)
     if not timing.must_run(config.force or trained_now):
         return True
+    payload = {"failed": failed, "run_dirs": [str(run_dir_of(run).path) for run in config.runs()]}
     try:
-        rows = timing.launch(
-            "experiments.compare_bench:time_training", {"failed": failed}, timeout_s=config.trainer.timeout_s
-        )
+        rows = timing.launch("experiments.compare_bench:time_training", payload, timeout_s=config.trainer.timeout_s)
     except RankFailure as error:
         if error.kind == "interrupted" or ranks_here(os.environ) is not None:
             raise

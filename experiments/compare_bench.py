@@ -6,6 +6,7 @@ import functools
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,26 +14,32 @@ import torch.distributed as dist
 
 from experiments import registry
 from experiments.attempt import attempt, stop_agreed
+from experiments.checkpoint import checkpoint_step, latest_checkpoint, load_checkpoint
 from experiments.config import CompareConfig, RunConfig, cluster_from, load_compare
 from experiments.data import BatchStream, prepare
 from experiments.layer_bench import STAGE_ROUNDS
 from experiments.model import DTYPES, GPT, build_gpt, layer_spec
-from experiments.optimizer import build_optimizer
+from experiments.optimizer import build_optimizer, lr_factor
 from experiments.ranks import RankInfo
+from experiments.results import RunDir
 from experiments.samples import SampleWriter
 from experiments.timing import Observed, interleave, over_ranks, peak_memory_bytes, stage_rounds
+from moe.errors import ConfigError
 from moe.mesh import Mesh, create_mesh
 from moe.metering import LinkMeter
 from moe.system import LayerSpec
 
 ENDLESS = 1_000_000  # batches: more than any timing takes
+WITHOUT_CHECKPOINT = "Fix: force=true trains again, timing.weights=initial needs none"
 
 
 @dataclass
 class Trainee:
-    """One system's model, ready to take training steps."""
+    """One system's model, ready to take training steps; `trained_steps` are behind its weights, 0 for initial ones."""
 
     gpt: GPT
+    optimizer: torch.optim.Optimizer
+    trained_steps: int
     step: Callable[[], None]
     writer: SampleWriter
 
@@ -42,43 +49,57 @@ def time_training(payload: dict[str, Any], info: RankInfo) -> list[list[Any]] | 
 
     Args:
         payload: `config`: of the comparison; `failed`: systems that failed to train, by label, and how: not timed,
-            because what fails may take the ranks down with it.
+            because what fails may take the ranks down with it; `run_dirs`: folders of the training runs, in the order
+            of `config.runs()`, whose newest checkpoints are timed under `timing.weights=trained`.
         info: of this rank.
 
     Returns:
-        Sample rows, the same on every rank; None when a stop was asked for before all seeds were timed.
+        Sample rows, the same on every rank; None when a stop was asked for before all seeds were timed. The metric
+        `trained_steps` says which weights a system was timed with, `part` being `timing.weights`.
     """
     config = load_compare(payload["config"])
     mesh = create_mesh(cluster_from(config.cluster), info.device)
     rows: list[list[Any]] = []
+    run_dirs = [RunDir(path) for path in payload["run_dirs"]]
     for seed in config.seeds:
         if stop_agreed(info):
             return None
-        runs = [run for run in config.runs() if run.seed == seed]
-        rows += _time_seed(runs, config, mesh, payload["failed"])
+        cells = [(run, where) for run, where in zip(config.runs(), run_dirs, strict=True) if run.seed == seed]
+        rows += _time_seed(cells, config, mesh, payload["failed"])
         if info.rank == 0:
-            print(f"timed in turn, seed {seed}: {', '.join(run.system.label for run in runs)}", flush=True)
+            labels = ", ".join(run.system.label for run, _ in cells)
+            print(f"timed in turn, seed {seed}, {config.timing.weights} weights: {labels}", flush=True)
     return rows
 
 
-def _time_seed(runs: list[RunConfig], config: CompareConfig, mesh: Mesh, failed: dict[str, str]) -> list[list[Any]]:
+def _time_seed(
+    cells: list[tuple[RunConfig, RunDir]], config: CompareConfig, mesh: Mesh, failed: dict[str, str]
+) -> list[list[Any]]:
     writers, trainees = [], []
     expected: Observed | None = None
-    for run in sorted(runs, key=lambda run: run.system.label != "reference"):  # the oracle first: the others need it
+    trained = config.timing.weights == "trained"
+    # The oracle first: the others need it.
+    for run, run_dir in sorted(cells, key=lambda cell: cell[0].system.label != "reference"):
         system, label = registry.create(run.system.name, run.system.options), run.system.label
         spec = layer_spec(run.model, 0, run.seed, DTYPES[run.trainer.precision])
         writer = SampleWriter(label, system.implementation, run.model.name, "training", run.seed)
         reasons = system.refusals(spec, mesh.cluster)
         observed = trainee = None
+        checkpoint = latest_checkpoint(run_dir.checkpoints) if trained else None
+        start = 0 if checkpoint is None else checkpoint_step(checkpoint)
         if reasons:
             failure: tuple[str, str] | None = ("refused", " ".join(reasons))
         elif label in failed:
             failure = ("failed", f"not timed, because it failed to train: {failed[label]}")
+        elif trained and checkpoint is None:
+            failure = ("failed", f"not timed: {run_dir.checkpoints} holds no checkpoint. {WITHOUT_CHECKPOINT}")
         else:
             observed, failure = attempt(functools.partial(_observe_layer, run, spec, mesh))
             if failure is None:
-                trainee, failure = attempt(functools.partial(_trainee, run, mesh, writer))
-            if trainee is not None:  # what can't run fails here, not amid the timing
+                trainee, failure = attempt(functools.partial(_trainee, run, start, mesh, writer))
+            if trainee is not None and checkpoint is not None:
+                _, failure = attempt(functools.partial(_load, checkpoint, trainee))
+            if trainee is not None and failure is None:  # what can't run fails here, not amid the timing
                 _, failure = attempt(trainee.step)
         if failure is not None:
             writer.add_status(*failure)
@@ -94,11 +115,13 @@ def _time_seed(runs: list[RunConfig], config: CompareConfig, mesh: Mesh, failed:
     )
     for trainee in trainees:
         trainee.writer.add("step_time", times[trainee.writer.key[0]], "s")
+        trainee.writer.add("trained_steps", [trainee.trained_steps], "steps", config.timing.weights)
         _add_observations(trainee, config, mesh)
     return [list(row) for writer in writers for row in writer.rows]
 
 
-def _trainee(run: RunConfig, mesh: Mesh, writer: SampleWriter) -> Trainee:
+def _trainee(run: RunConfig, trained_steps: int, mesh: Mesh, writer: SampleWriter) -> Trainee:
+    """The model of a run with its initial weights, about to take the step that follows `trained_steps`."""
     system = registry.create(run.system.name, run.system.options)
     gpt = build_gpt(run.model, system, mesh, run.seed, DTYPES[run.trainer.precision])
     sync, optimizer = system.gradient_sync(gpt, mesh), build_optimizer(gpt, run.trainer)
@@ -110,21 +133,39 @@ def _trainee(run: RunConfig, mesh: Mesh, writer: SampleWriter) -> Trainee:
         world_size=mesh.world_size,
         seed=run.seed,
         num_steps=ENDLESS,
+        start_step=trained_steps,
     )
-    batches, steps_done = iter(stream), itertools.count(1)
+    batches, steps = iter(stream), itertools.count(trained_steps)
 
     def step() -> None:
+        index = next(steps)
         batch_BS = next(batches).to(mesh.device)
         with torch.autocast(mesh.device.type, dtype=torch.bfloat16, enabled=run.trainer.precision == "bf16"):
             losses = gpt(batch_BS[:, :-1], batch_BS[:, 1:])
         (losses.cross_entropy + run.model.aux_loss_weight * losses.aux_loss).backward()
         sync.reduce()
         sync.clip(run.trainer.grad_clip or 0.0)
+        for group in optimizer.param_groups:
+            group["lr"] = run.trainer.lr * lr_factor(index, run.trainer)
         optimizer.step()
-        system.after_step(gpt, optimizer, next(steps_done))
+        system.after_step(gpt, optimizer, index + 1)
         optimizer.zero_grad(set_to_none=True)  # at the end, so that a step frees what it allocated
 
-    return Trainee(gpt, step, writer)
+    return Trainee(gpt, optimizer, trained_steps, step, writer)
+
+
+def _load(checkpoint: Path, trainee: Trainee) -> None:
+    """Fill model and optimizer. Collective.
+
+    Raises:
+        RuntimeError: the checkpoint is damaged or does not fit, on all ranks. No ConfigError: that would end the timing
+            of the other systems, too.
+    """
+    try:
+        load_checkpoint(checkpoint, trainee.gpt, trainee.optimizer)
+    except ConfigError as error:
+        reason = "; ".join(problem.rule for problem in error.problems)
+        raise RuntimeError(f"{checkpoint}: {reason}. {WITHOUT_CHECKPOINT}") from None
 
 
 def _add_observations(trainee: Trainee, config: CompareConfig, mesh: Mesh) -> None:

@@ -13,6 +13,7 @@ import torch
 
 from experiments.cluster_config import derived_levels, gpus_suffice
 from experiments.join import check_size, ranks_here
+from experiments.split import MAX_SOCKETS, is_split, split_emulation
 from moe.errors import ConfigError, Problem
 from moe.workload import MAX_TOP_K
 
@@ -215,7 +216,55 @@ def _cluster(values: Values) -> Iterator[Problem]:
         yield Problem(
             "cluster.device", device, "cluster.launch=netns shapes TCP, which NCCL inside one machine avoids", fix
         )
+    yield from _split(values, launch, device)
     yield from _ranks(values, launch, device)
+
+
+def _split(values: Values, launch: Any, device: Any) -> Iterator[Problem]:
+    """What only a split host has, and what it needs."""
+    names = ("sockets_per_thread", "socket_threads")
+    if launch != "split":
+        for name in names if not values.failed_below("cluster") else ():
+            if values.raw(f"cluster.{name}") is not None:
+                fix = "set it to null, or choose cluster=split_2x2"
+                value = values.raw(f"cluster.{name}")
+                yield Problem(f"cluster.{name}", value, "only cluster.launch=split reads it", fix)
+        return
+    yield from _split_host(values, device)
+    numbers = [values.own(f"cluster.{name}") for name in names]
+    if (numbers[0] or 1) * (numbers[1] or 1) > MAX_SOCKETS:
+        rule = (
+            f"times cluster.socket_threads, which is {numbers[1]}, must be at most {MAX_SOCKETS}, all that NCCL opens"
+        )
+        yield Problem("cluster.sockets_per_thread", numbers[0], rule, "lower one of them")
+    world_size, size = values.world_size(), values.own("cluster.levels.0.fanout")
+    if values.raw("cluster.levels") is None:
+        size = derived_levels()[0].fanout
+    if world_size is None or size is None or values.failed_below("cluster"):
+        return
+    if world_size == size:
+        fix = "choose cluster=split_2x2, or give a second level"
+        yield Problem("cluster.levels", f"1 node x {size} ranks", "cluster.launch=split needs nodes to split into", fix)
+    emulation, told = values.raw("cluster.emulation"), split_emulation(world_size // size, size, *numbers)
+    if emulation not in (None, "", told):
+        rule = f"cluster.launch=split says itself what it is, here `{told}`"
+        yield Problem("cluster.emulation", emulation, rule, 'set cluster.emulation="", or choose cluster=split_2x2')
+
+
+def _split_host(values: Values, device: Any) -> Iterator[Problem]:
+    """One host with a GPU for every rank; NCCL runs on nothing else."""
+    world_size, here = values.world_size(), ranks_here(os.environ)
+    rule = ""
+    if device == "cpu":
+        rule = "splits a host for NCCL, and cluster.device=cpu talks by gloo"
+    elif world_size is not None and not gpus_suffice(world_size):
+        rule = f"every rank needs a GPU of its own, for NCCL: {world_size} ranks, {torch.cuda.device_count()} GPUs seen"
+    if rule:
+        fix = "use a host of enough GPUs with cluster.device=cuda, a smaller cluster, or, on CPUs, cluster=local_2x2"
+        yield Problem("cluster.launch", "split", rule, fix)
+    elif here is not None and here.num_nodes > 1 and not is_split(here.node_rank):  # ranks of ours load it again
+        rule = f"splits one host, and {here.starter} started the ranks on {here.num_nodes}"
+        yield Problem("cluster.launch", "split", rule, "use cluster=auto, or start all ranks on one host")
 
 
 def _ranks(values: Values, launch: Any, device: Any) -> Iterator[Problem]:
@@ -231,6 +280,6 @@ def _ranks(values: Values, launch: Any, device: Any) -> Iterator[Problem]:
             check_size(here, world_size, values.own("cluster.levels.0.fanout") or 1)
         except ConfigError as error:
             yield from error.problems
-    if device == "cuda" and launch != "netns" and not gpus_suffice(world_size):
+    if device == "cuda" and launch not in ("netns", "split") and not gpus_suffice(world_size):
         rule = f"every rank needs a GPU of its own: {world_size} ranks, {torch.cuda.device_count()} GPUs seen"
         yield Problem("cluster.device", device, rule, "set cluster.device=cpu, or choose a smaller cluster")

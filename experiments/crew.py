@@ -16,6 +16,7 @@ from typing import IO
 from experiments.failures import Report, count_oom_kills, read_reports, silent_death
 from experiments.netns import INTERFACE, Node
 from experiments.ranks import Job
+from experiments.split import split_variables
 from experiments.stop import StopRequest
 from experiments.worker import PARENT_PID, STORE_FD
 
@@ -36,6 +37,7 @@ class Crew:
         nodes: the network namespaces that they live in, None on plain loopback.
         gpus: entries of CUDA_VISIBLE_DEVICES, one per rank; empty on the CPU.
         env: environment variables on top of ours.
+        split: NCCL takes the nodes for hosts of their own.
     """
 
     def __init__(
@@ -46,6 +48,7 @@ class Crew:
         nodes: list[Node] | None,
         gpus: list[str],
         env: Mapping[str, str],
+        split: bool = False,
     ) -> None:
         self.job = job
         self.logs = Path(job.log_dir)
@@ -54,6 +57,7 @@ class Crew:
         self.nodes = nodes
         self.gpus = gpus
         self.env = env
+        self.split = split
         self.processes: list[subprocess.Popen[bytes]] = []
         self.log_starts: list[int] = []
 
@@ -129,6 +133,8 @@ class Crew:
             variables["CUDA_VISIBLE_DEVICES"] = ",".join(self.gpus[first : first + self.ranks_per_node])
             variables.setdefault("NCCL_HOSTID", f"node{node}")
             variables.setdefault("NCCL_SOCKET_IFNAME", interface or "lo")
+        if self.split:
+            variables |= split_variables(node)
         return variables | dict(self.env)
 
     def watch(self, stop: StopRequest, on_poll: Callable[[], None] | None) -> list[Report]:

@@ -1,8 +1,8 @@
 """Running one function in every rank of a cluster.
 
-Started plainly, `run_ranks` spawns the ranks on this machine, on plain loopback or in network namespaces; under
-torchrun or srun it joins the ranks that are there. Either way the caller gets rank 0's value, or one error that names
-the cause.
+Started plainly, `run_ranks` spawns the ranks on this machine, on plain loopback, in network namespaces or as a split
+host; under torchrun or srun it joins the ranks that are there. Either way the caller gets rank 0's value, or one error
+that names the cause.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ from experiments.ranks import (
     run_rank,
     write_result,
 )
+from experiments.split import split_variables
 from experiments.stop import STOP_SIGNALS, StopRequest
 from moe.errors import ConfigError, Problem, SuiteError
 
@@ -48,7 +49,7 @@ if TYPE_CHECKING:
 
 __all__ = ["RankFailure", "is_main_process", "run_ranks"]
 
-LaunchKind = Literal["spawn", "netns", "join"]
+LaunchKind = Literal["spawn", "netns", "join", "split"]
 
 
 def is_main_process() -> bool:
@@ -83,7 +84,8 @@ def run_ranks(
         num_ranks: ranks of the run, a multiple of `ranks_per_node`.
         ranks_per_node: ranks of one (real or pretended) node.
         launch: `spawn` on this machine, `netns` likewise with a network namespace per node, `join` insists on ranks
-            that torchrun or srun started. Where such ranks are, `spawn` joins them, too.
+            that torchrun or srun started. `split` is `spawn` with every node a host of its own to NCCL, on CUDA only.
+            Where ranks of torchrun or srun are, `spawn` and `split` join them, too.
         device: `cpu` (gloo) or `cuda` (NCCL, one rank a GPU).
         rate_mbit: rate of a node's link under `netns`, in Mbit/s; None is unshaped. Must be None otherwise.
         log_dir: made if missing; what an earlier run left in it is appended to (logs) or removed (reports).
@@ -103,6 +105,9 @@ def run_ranks(
     assert rate_mbit is None or launch == "netns", "a rate without links to shape"
     logs = Path(log_dir).resolve()
     job = Job(target, payload, str(logs), device, timeout_s)
+    if launch == "split" and device != "cuda":
+        rule = f"splits a host for NCCL, which needs CUDA, and the device is {device}"
+        raise ConfigError(Problem("cluster.launch", launch, rule, "use cluster=local_2x2, or cluster.device=cuda"))
     here = join.ranks_here(os.environ)
     if here is not None:
         return _join(job, here, num_ranks, ranks_per_node, launch, env or {})
@@ -119,7 +124,7 @@ def run_ranks(
         nodes = None
         if launch == "netns":
             nodes = stack.enter_context(shaped_nodes(num_ranks // ranks_per_node, rate_mbit))
-        crew = Crew(job, num_ranks, ranks_per_node, nodes, gpus, env or {})
+        crew = Crew(job, num_ranks, ranks_per_node, nodes, gpus, env or {}, split=launch == "split")
         stack.callback(crew.end)
         crew.start()
         reports = crew.watch(stop, on_poll)
@@ -181,8 +186,12 @@ def _join(
     if launch == "netns":
         rule = f"network namespaces are made by a plain start, and {here.starter} started this process"
         raise ConfigError(Problem("cluster.launch", launch, rule, "start without it, or use cluster=auto"))
+    if launch == "split" and here.num_nodes > 1:
+        rule = f"splits one host, and {here.starter} started the ranks on {here.num_nodes}"
+        raise ConfigError(Problem("cluster.launch", launch, rule, "use cluster=auto, or start all ranks on one host"))
     join.check_size(here, num_ranks, ranks_per_node)
-    os.environ.update({**here.variables(), **env})
+    split = split_variables(here.rank // ranks_per_node) if launch == "split" else {}
+    os.environ.update({**here.variables(), **split, **env})
     logs = Path(job.log_dir)
     logs.mkdir(parents=True, exist_ok=True)
     # All ranks meet before the function starts, and by then the traces are gone.

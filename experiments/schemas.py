@@ -119,11 +119,16 @@ class LayerShape(BaseModel):
 
 
 class TimingConfig(BaseModel):
-    """Interleaved timing: in each round every system does one step."""
+    """Interleaved timing: in each round every system does one step.
+
+    With `weights=trained` each goes on from the newest checkpoint of its own training run, so that a method whose
+    routing changes in training is timed with the routing that it has learned.
+    """
 
     model_config = STRICT
     rounds: int = Field(ge=1, examples=[20])
     warmup: int = Field(ge=0, examples=[3], description="rounds before, not counted")
+    weights: Literal["initial", "trained"]
 
 
 class RunConfig(BaseModel):

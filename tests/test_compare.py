@@ -5,6 +5,7 @@ Once with two real ranks; otherwise the only rank is this process (`tests.tiny.r
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +21,7 @@ from experiments.results import RunDir
 from moe.layer import NativeMoE
 from moe.mesh import Mesh
 from moe.system import LayerSpec, MoELayer, System
-from tests.tiny import ONE_RANK, TWO_RANKS, run_ranks_here, tiny
+from tests.tiny import ONE_RANK, TWO_RANKS, by_step, run_ranks_here, tiny, tiny_config, train
 
 COLUMNS = ["system", "implementation", "metric", "value", "low", "high", "unit", "status"]
 FIGURES = [f"{name}.{kind}" for name in ("loss", "throughput", "bytes", "stages") for kind in ("png", "pdf")]
@@ -158,6 +159,56 @@ def test_a_system_that_fails_is_a_row_until_it_is_mended(
     assert launched == [*first, "experiments.training:run_rank", "experiments.training:run_rank", TIMING]
     losses = summary[summary["metric"] == "train_loss"].set_index("system")["value"]
     assert losses["fragile"] == losses["flat"] == pytest.approx(losses["reference"], rel=1e-5)
+
+
+def trained_steps(folder: Path, rounds: int) -> dict[str, tuple[float, str]]:
+    """By system the steps behind the weights that it was timed with, and what samples.parquet calls them."""
+    for path in folder.glob("compare-*"):
+        table = pd.read_parquet(path / "samples.parquet")
+        if (table["metric"] == "step_time").sum() == rounds * table.loc[
+            table["metric"] == "tokens", "system"
+        ].nunique():
+            rows = table[table["metric"] == "trained_steps"]
+            return {row.system: (row.value, row.part) for row in rows.itertuples()}
+    raise AssertionError(f"no timing of {rounds} rounds")
+
+
+def test_systems_are_timed_with_what_they_have_learned(
+    command: Command, launched: list[str], tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first timed step is the one that training would have taken next; without a checkpoint there is none."""
+    losses: list[float] = []
+    build = compare_bench.build_gpt
+
+    def build_and_listen(*arguments: Any) -> Any:
+        gpt = build(*arguments)
+        gpt.register_forward_hook(lambda _m, _a, output: losses.append(output.cross_entropy.item()))
+        return gpt
+
+    monkeypatch.setattr(compare_bench, "build_gpt", build_and_listen)
+    assert command("systems=[flat]", ONE_RANK)[0] == 0
+    assert trained_steps(tmp_path, rounds=2) == {"flat": (3.0, "trained")}
+    (flat,) = tmp_path.glob("flat-*")
+    first = losses[0]
+    resumed = [f"trainer.resume_from={flat}", "trainer.max_steps=4", "trainer.warmup_steps=1", "seed=0"]
+    assert first == by_step(train(tiny_config(tmp_path, text, ONE_RANK, *resumed)), "loss")[3]
+
+    losses.clear()
+    assert command("systems=[flat]", ONE_RANK, "timing.weights=initial", "timing.rounds=1")[0] == 0
+    assert trained_steps(tmp_path, rounds=1) == {"flat": (0.0, "initial")}
+    assert losses[0] == by_step(RunDir(flat), "loss")[0]
+
+    (damaged,) = flat.glob("checkpoints/step_3/*.distcp")
+    damaged.write_bytes(b"")
+    _, summary = command("systems=[flat,reference]", ONE_RANK)
+    told = "corrupt (the checksum differs). Fix: force=true trains again, timing.weights=initial needs none"
+    assert told in status(summary, "flat", "tokens_per_s")
+    assert has_number(summary, "reference", "tokens_per_s")
+    shutil.rmtree(flat / "checkpoints")
+    _, summary = command("systems=[flat,reference]", ONE_RANK)
+    told = f"failed: not timed: {flat / 'checkpoints'} holds no checkpoint. Fix: force=true trains again"
+    assert status(summary, "flat", "tokens_per_s").startswith(told)
+    assert has_number(summary, "flat", "train_loss") and has_number(summary, "reference", "tokens_per_s")
 
 
 def test_variants_of_one_system_stand_side_by_side_under_their_labels(

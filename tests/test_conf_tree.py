@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from pydantic import BaseModel
 
@@ -39,6 +41,8 @@ GROUPS: dict[str, type[BaseModel] | None] = {
     "workload": WorkloadConfig,
     "experiment": None,
 }
+SPLIT_KEYS = {"sockets_per_thread", "socket_threads"}
+"""Only a split host reads them, and only its files list them."""
 
 
 def choices(group: str, kind: Kind | None = None) -> list[str]:
@@ -61,6 +65,18 @@ def recorded(tmp_path: Path) -> str:
     return str(tmp_path / "routing.npz")
 
 
+@pytest.fixture
+def gpus_for(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Shows this process four GPUs where a choice stands for a cluster that is refused without them."""
+
+    def show(choice: str) -> None:
+        if choice.startswith("split_"):
+            monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+            monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+
+    return show
+
+
 def test_there_is_no_file_that_these_tests_miss() -> None:
     files = {str(path.relative_to(CONF)) for path in CONF.rglob("*.yaml")}
     known = {f"{kind}.yaml" for kind in PRIMARY} | {"base.yaml"}
@@ -73,7 +89,10 @@ def test_there_is_no_file_that_these_tests_miss() -> None:
     ("kind", "group", "choice"),
     [(kind, group, choice) for kind, groups in PRIMARY.items() for group in groups for choice in choices(group, kind)],
 )
-def test_a_choice_validates(kind: Kind, group: str, choice: str, recorded: str) -> None:
+def test_a_choice_validates(
+    kind: Kind, group: str, choice: str, recorded: str, gpus_for: Callable[[str], None]
+) -> None:
+    gpus_for(choice)
     composed = compose(kind, [f"{group}={choice}"])
     if choice == "replay":
         composed["workload"]["path"] = recorded
@@ -82,12 +101,14 @@ def test_a_choice_validates(kind: Kind, group: str, choice: str, recorded: str) 
 
 @pytest.mark.parametrize("kind", ["train", "compare"])
 @pytest.mark.parametrize("turn", range(7))
-def test_choices_mix(kind: Kind, turn: int) -> None:
+def test_choices_mix(kind: Kind, turn: int, gpus_for: Callable[[str], None]) -> None:
     """Each group at another of its files; over the turns every file of every group stands beside several others."""
     mixed = []
     for offset, group in enumerate(PRIMARY[kind]):
         files = choices(group, kind)
-        mixed.append(f"{group}={files[(turn + offset) % len(files)]}")
+        choice = files[(turn + offset) % len(files)]
+        gpus_for(choice)
+        mixed.append(f"{group}={choice}")
     load(kind, compose(kind, mixed))
 
 
@@ -99,7 +120,8 @@ def test_a_file_lists_every_key_of_its_group(group: str, choice: str) -> None:
     assert schema is not None
     content = read(group, choice)
     if "defaults" not in content:
-        assert set(content) == set(schema.model_fields)
+        elsewhere = SPLIT_KEYS if group == "cluster" and content["launch"] != "split" else set()
+        assert set(content) == set(schema.model_fields) - elsewhere
 
 
 @pytest.mark.parametrize("kind", PRIMARY)
@@ -141,3 +163,11 @@ def test_the_native_layer_is_flat_and_every_upstream_variant_without_drops() -> 
 def test_the_emulated_rate_is_the_configured_one() -> None:
     composed = compose("train", ["cluster=netns_2x2", "cluster.rate_mbit=200"])
     assert "200 Mbit/s" in composed["cluster"]["emulation"]
+
+
+@pytest.mark.parametrize(("choice", "size"), [("split_2x1", "2 x 1"), ("split_2x2", "2 x 2")])
+def test_a_split_host_says_what_it_is(choice: str, size: str, gpus_for: Callable[[str], None]) -> None:
+    gpus_for(choice)
+    cluster = load("comm", compose("comm", [f"cluster={choice}"])).cluster
+    assert cluster.emulation == f"split {size} on one host: NCCL_HOSTID, sockets over lo"
+    assert f'"{cluster.emulation}"' in (CONF / "cluster" / f"{choice}.yaml").read_text()

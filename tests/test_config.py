@@ -36,8 +36,7 @@ def plain_start_without_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same machine for every test, whatever runs it."""
     for name in LAUNCHER_VARIABLES:
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    show_gpus(monkeypatch, 0)
 
 
 @functools.cache
@@ -134,6 +133,7 @@ WRONG_VALUES = [
     ("layer", "workload.exponent", 1.0, "only workload.kind=zipf reads it", "choose workload=zipf"),
     ("layer", "shapes", [], "must be a list of at least 1, each item a group of the keys name", "give a list"),
     ("comm", "sizes_bytes", [1024], "must be a list of at least 2, each item a whole number of at least 4", "1024"),
+    ("compare", "timing.weights", "trainde", "must be one of initial, trained", r"did you mean trained\?"),
     ("compare", "timing.rounds", 0, "must be a whole number of at least 1", "for example timing.rounds=20"),
 ]
 
@@ -172,6 +172,85 @@ def test_unknown_key_gets_the_nearest_name(kind: Kind, key: str, fix: str) -> No
     (found,) = problems(kind, {key: 16})
     assert (found.key, found.value, found.rule) == (key, 16, "there is no such key")
     assert found.fix.startswith(fix)
+
+
+def show_gpus(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    """Makes this machine one with so many GPUs."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+
+
+def split(changes: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Changes that make the cluster split_2x2, and some more of it."""
+    cluster = compose("train", ["cluster=split_2x2"])["cluster"]
+    return {"cluster": {**cluster, **(changes or {})}}
+
+
+def test_a_split_host_without_gpus_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    (found,) = problems("train", split())
+    assert str(found) == (
+        "cluster.launch=split: every rank needs a GPU of its own, for NCCL: 4 ranks, 0 GPUs seen. Fix: use a host of "
+        "enough GPUs with cluster.device=cuda, a smaller cluster, or, on CPUs, cluster=local_2x2"
+    )
+    show_gpus(monkeypatch, 4)
+    (found,) = problems("train", split({"device": "cpu"}))
+    assert (found.key, found.rule) == (
+        "cluster.launch",
+        "splits a host for NCCL, and cluster.device=cpu talks by gloo",
+    )
+
+
+def test_a_split_host_is_one_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    show_gpus(monkeypatch, 4)
+    for name, value in {"RANK": "2", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    (found,) = problems("train", split())
+    assert (found.key, found.rule) == ("cluster.launch", "splits one host, and torchrun started the ranks on 2")
+    monkeypatch.setenv("NCCL_HOSTID", "node1")  # a rank that the suite started on a split host reads its config anew
+    assert run_config(split()).cluster.launch == "split"
+
+
+SPLIT_WRONG: list[tuple[dict[str, Any], str, str]] = [
+    ({"levels": [{"name": "node", "fanout": 4}]}, "cluster.levels", "cluster.launch=split needs nodes to split into"),
+    ({"levels": None}, "cluster.levels", "cluster.launch=split needs nodes to split into"),
+    (
+        {"emulation": "two hosts"},
+        "cluster.emulation",
+        "says itself what it is, here `split 2 x 2 on one host: NCCL_HOST",
+    ),
+    ({"sockets_per_thread": 0}, "cluster.sockets_per_thread", "of at least 1 and of at most 64, or null"),
+    ({"socket_threads": 17}, "cluster.socket_threads", "of at least 1 and of at most 16, or null"),
+    ({"sockets_per_thread": 8, "socket_threads": 9}, "cluster.sockets_per_thread", "which is 9, must be at most 64"),
+    (
+        {"launch": "spawn", "socket_threads": 2},
+        "cluster.socket_threads",
+        "only cluster.launch=split reads it",
+    ),
+]
+
+
+@pytest.mark.parametrize(("changes", "key", "rule"), SPLIT_WRONG)
+def test_what_a_split_host_can_not_be(
+    changes: dict[str, Any], key: str, rule: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    show_gpus(monkeypatch, 4)
+    (found,) = problems("train", split(changes))
+    assert (found.key, rule in found.rule) == (key, True), found
+
+
+def test_results_of_a_split_host_say_what_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    show_gpus(monkeypatch, 4)
+    plain = run_config(split())
+    assert (plain.cluster.device, plain.cluster.variables) == ("cuda", {})
+    assert cluster_from(plain.cluster).emulation == "split 2 x 2 on one host: NCCL_HOSTID, sockets over lo"
+    more = run_config(split({"sockets_per_thread": 8, "socket_threads": 4}))
+    assert more.cluster.variables == {"NCCL_NSOCKS_PERTHREAD": "8", "NCCL_SOCKET_NTHREADS": "4"}
+    assert cluster_from(more.cluster).emulation == (
+        "split 2 x 2 on one host: NCCL_HOSTID, sockets over lo, NCCL_NSOCKS_PERTHREAD=8, NCCL_SOCKET_NTHREADS=4"
+    )
+    assert load_run(more.model_dump(mode="json")) == more
+    three = [{"name": name, "fanout": fanout} for name, fanout in (("node", 1), ("rack", 2), ("network", 2))]
+    assert run_config(split({"levels": three})).cluster.emulation.startswith("split 4 x 1 on one host")
 
 
 def test_unknown_system_gets_the_nearest_name() -> None:

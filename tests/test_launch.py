@@ -10,9 +10,10 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -242,6 +243,76 @@ def test_every_joining_has_keys_of_its_own(monkeypatch: pytest.MonkeyPatch) -> N
     first.set("key", "value")
     assert first.check(["key"])
     assert not second.check(["key"])
+
+
+NCCL_OF_A_SPLIT = {"NCCL_NET": "Socket", "NCCL_SOCKET_IFNAME": "lo", "NCCL_NSOCKS_PERTHREAD": "4"}
+FAKE_RANK = """
+import json, os, pathlib, sys
+logs = pathlib.Path(sys.argv[1])
+(logs / f"seen{os.environ['RANK']}.json").write_text(json.dumps(dict(os.environ)))
+(logs / "result.json").write_text("17") if os.environ["RANK"] == "0" else None
+"""
+
+
+def nccl_of(env: Mapping[str, str]) -> dict[str, str]:
+    """What NCCL would read."""
+    return {name: value for name, value in env.items() if name.startswith("NCCL_")}
+
+
+def test_every_node_of_a_split_host_is_a_host_to_nccl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four processes that are started as ranks of four GPUs, and tell what they were given."""
+    monkeypatch.setenv("NCCL_HOSTID", "mine")  # the user's own would undo the split
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    start = subprocess.Popen
+
+    def start_fake(command: list[str], **more: Any) -> subprocess.Popen[bytes]:
+        assert command[1:3] == ["-m", "experiments.worker"]
+        return start([sys.executable, "-c", FAKE_RANK, str(tmp_path)], **more)
+
+    monkeypatch.setattr("experiments.crew.subprocess.Popen", start_fake)
+    env = {"NCCL_NSOCKS_PERTHREAD": "4"}
+    assert run("introduce", {}, tmp_path, 4, ranks_per_node=2, launch="split", device="cuda", env=env) == 17
+    seen = [json.loads((tmp_path / f"seen{rank}.json").read_text()) for rank in range(4)]
+    hosts = ["node0", "node0", "node1", "node1"]
+    assert [nccl_of(rank) for rank in seen] == [{**NCCL_OF_A_SPLIT, "NCCL_HOSTID": host} for host in hosts]
+    assert [rank["CUDA_VISIBLE_DEVICES"] for rank in seen] == ["0,1", "0,1", "2,3", "2,3"]
+
+
+def torchrun_rank(rank: int, local_world_size: int) -> dict[str, str]:
+    """The environment that torchrun gives to one of four ranks."""
+    node, local_rank = divmod(rank, local_world_size)
+    numbers = {"RANK": rank, "WORLD_SIZE": 4, "LOCAL_RANK": local_rank, "LOCAL_WORLD_SIZE": local_world_size}
+    return {name: str(number) for name, number in {**numbers, "GROUP_RANK": node}.items()}
+
+
+def test_a_joined_rank_of_a_split_host_has_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before NCCL starts, which is in `run_rank`."""
+    seen: dict[int, dict[str, str]] = {}
+    monkeypatch.setattr(launch, "run_rank", lambda _job, rank, *_, **_more: seen.update({rank: dict(os.environ)}))
+    for rank in (1, 2, 3):
+        with mock.patch.dict(os.environ, torchrun_rank(rank, 4)):
+            more = {"ranks_per_node": 2, "launch": "split", "device": "cuda", "env": {"NCCL_NSOCKS_PERTHREAD": "4"}}
+            run("introduce", {}, tmp_path, 4, **more)
+    hosts = {1: "node0", 2: "node1", 3: "node1"}
+    assert {rank: nccl_of(env) for rank, env in seen.items()} == {
+        rank: {**NCCL_OF_A_SPLIT, "NCCL_HOSTID": host} for rank, host in hosts.items()
+    }
+    assert [env["LOCAL_RANK"] for env in seen.values()] == ["1", "2", "3"], "the GPUs are the host's"
+
+
+def test_ranks_of_two_hosts_are_no_split_host(tmp_path: Path) -> None:
+    rule = r"cluster\.launch=split: splits one host, and torchrun started the ranks on 2\. Fix: use cluster=auto"
+    with mock.patch.dict(os.environ, torchrun_rank(2, 2)), pytest.raises(ConfigError, match=rule):
+        run("introduce", {}, tmp_path, 4, ranks_per_node=2, launch="split", device="cuda")
+
+
+def test_a_split_host_needs_nccl(tmp_path: Path) -> None:
+    rule = (
+        r"^cluster\.launch=split: splits a host for NCCL, which needs CUDA, and the device is cpu\. Fix: use cluster=l"
+    )
+    with pytest.raises(ConfigError, match=rule):
+        run("introduce", {}, tmp_path, launch="split", ranks_per_node=1)
 
 
 def test_joining_without_ranks_is_refused(tmp_path: Path) -> None:

@@ -1,0 +1,76 @@
+"""Throughput over a baseline, for several numbers of experts and gates."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+
+from analysis.style import COLUMN_INCHES, GREY, PAGE_INCHES, caption, look_of, new_figure, panel, shortened
+
+_WIDTH = 0.8
+"""Of all bars of a group together, the groups being 1 apart."""
+
+
+def speedups_figure(table: pd.DataFrame, baseline: str, kind: str, where: str) -> Figure:
+    """A group of bars for every number of experts and gate, a bar a system, a line at 1 for the baseline.
+
+    Args:
+        table: rows of `analysis.speedups`, the baseline's left out.
+        baseline: the system that stands at 1, as its label.
+        kind: `measured`, `modelled` or `simulated`.
+        where: sentence on the cluster.
+    """
+    groups = list(dict.fromkeys(table["group"]))
+    systems = list(dict.fromkeys(table["system"]))
+    wide = len(groups) * len(systems) > 10
+    figure, (axes,) = new_figure(2.6, PAGE_INCHES if wide else COLUMN_INCHES)
+    cells = table.set_index(["group", "system"])
+    each = _WIDTH / max(1, len(systems))
+    missing: dict[tuple[str, str], list[str]] = {}
+    for column, group in enumerate(groups):
+        for index, system in enumerate(systems):
+            centre = column + (index - (len(systems) - 1) / 2) * each
+            row = cells.loc[(group, system)] if (group, system) in cells.index else None
+            if row is None or not np.isfinite(row["ratio"]):
+                reason = "not part of the comparison" if row is None else str(row["status"])
+                missing.setdefault((system, reason), []).append(group.replace("\n", ", "))
+                axes.text(centre, 0.0, "x", ha="center", va="bottom", fontsize=6, color=look_of(system).colour)
+                continue
+            _bar(axes, row, centre, each, system)
+    axes.axhline(1, color=GREY, linewidth=0.8, zorder=4)
+    axes.set_xticks(range(len(groups)), groups)
+    axes.set_xlim(-0.5, len(groups) - 0.5)
+    axes.set_ylim(0, 1.12 * max([1.0, *table["high"].dropna()]))
+    axes.tick_params(axis="x", length=0)
+    axes.set_ylabel(f"tokens per second, ratio to\n{baseline}")
+    panel(axes, "Throughput", kind, grid="y")
+    labels = dict(zip(table["system"], table["label"], strict=True))
+    handles = [Patch(facecolor=look_of(system).colour) for system in systems]
+    figure.legend(handles, [labels[system] for system in systems], loc="outside upper left", ncols=5 if wide else 2)
+    told = [f"{system} in {'; '.join(names)} ({shortened(why, 90)})" for (system, why), names in missing.items()]
+    caption(
+        figure,
+        "Ratios of medians over interleaved rounds with 95 % bootstrap intervals, paired by seed and round; each group "
+        "of bars is a comparison of its own.",
+        f"No number (x): {'; '.join(told)}." if told else "",
+        where,
+    )
+    return figure
+
+
+def _bar(axes: Axes, row: pd.Series, centre: float, width: float, system: str) -> None:
+    axes.bar(centre, row["ratio"], width=0.9 * width, color=look_of(system).colour, zorder=2)
+    spread = [[max(0.0, row["ratio"] - row["low"])], [max(0.0, row["high"] - row["ratio"])]]
+    axes.errorbar(centre, row["ratio"], yerr=spread, color="black", elinewidth=0.8, capsize=1.8, capthick=0.8, zorder=3)
+    axes.annotate(
+        f"{row['ratio']:.2f}",
+        (centre, max(row["ratio"], row["high"])),
+        xytext=(0, 2),
+        textcoords="offset points",
+        ha="center",
+        va="bottom",
+        fontsize=5.2,
+    )
