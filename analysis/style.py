@@ -51,6 +51,7 @@ KNOWN = {
     "fastmoe": Look("#CC79A7", "P"),
     "megatron": Look("#56B4E9", "X"),
     "fastermoe": Look("#999933", "<"),
+    "fastermoe_upstream": Look("#AA4499", "P"),
     "smartmoe": Look("#44AA99", ">"),
     "flexmoe": Look("#DDCC77", "d"),
     "ta_moe": Look("#882255", "*"),

@@ -3,23 +3,27 @@
 Without a capacity factor nothing drops: upstream then pads every expert to the fullest one of any rank. With one, the
 copies drop that the suite's rule drops; upstream makes room in multiples of K, so the adapter asks for the next one and
 leaves out the slots above the suite's capacity. The balance loss is the suite's; upstream's agrees for K <= 2.
+
+Of upstream's adaptive parallelism (Hwang et al. 2023, section 3.1) two degrees r remain where every rank holds whole
+experts: 1, tokens travel, and 0, experts do. Upstream leaves the choice to its caller, and so does the option.
 """
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, Literal
 
 import torch.distributed as dist
+import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
+from baselines.replacing import replaced
 from moe import ops
 from moe.errors import Refused
+from moe.experts import feed_forward
 from moe.gate import balance_loss
 from moe.mesh import Mesh, ranks_are_on_cuda
 from moe.slots import BatchedExperts, Slots
@@ -36,11 +40,44 @@ class Options(BaseModel):
     Args:
         a2a_ffn_overlap_degree: parts that the slots are cut into, to overlap all-to-all and experts; CUDA only.
         use_2dh: two-dimensional hierarchical all-to-all, between nodes and inside them.
+        adaptive_r: 1 exchanges tokens; 0 gathers all experts' weights on every rank, and no token leaves it.
+        batch_prioritized_routing: where copies drop, the tokens with the surest gate come first, not the first ones.
     """
 
     model_config = ConfigDict(extra="forbid")
     a2a_ffn_overlap_degree: int = Field(default=1, ge=1, le=32)
     use_2dh: bool = False
+    adaptive_r: Literal[0, 1] = 1
+    batch_prioritized_routing: bool = False
+
+
+class GatheredExperts(BatchedExperts):
+    """This rank's experts, whose weights it gathers from all others before it computes with them."""
+
+    gathered: tuple[Tensor, Tensor]
+
+    def forward(self, rows_RM: Tensor, expert_rows: list[int], *_: Tensor | None) -> Tensor:
+        """All E experts on their R / E rows [R, M] each; returns the same order and dtype."""
+        x_ECM = rows_RM.view(len(expert_rows), expert_rows[0], rows_RM.shape[1])
+        w_in, w_out = self.gathered
+        return feed_forward(x_ECM, w_in, w_out, self.activation, lambda rows, weight: rows @ weight.mT).view_as(rows_RM)
+
+
+class GatheredSlots(Slots):
+    """What upstream calls with adaptive_r=0: with the slots of all experts, filled by this rank's tokens."""
+
+    def forward(self, x_ESM: Tensor, _layer: Any) -> Tensor:
+        """Slots [E, slots, M] -> the same shape; those above `capacity` are left out. The gather is upstream's."""
+        from tutel.net import zero_gather
+
+        experts = self.hidden[0]
+        assert isinstance(experts, GatheredExperts)
+        kept = int(min(x_ESM.shape[1], self.capacity))
+        weights = (experts.w_in.to(x_ESM.dtype), experts.w_out.to(x_ESM.dtype))
+        experts.gathered = zero_gather(weights[0], group=self.group), zero_gather(weights[1], group=self.group)
+        y_RM = experts(x_ESM[:, :kept].reshape(-1, x_ESM.shape[2]), [kept] * len(x_ESM))
+        del experts.gathered
+        return F.pad(y_RM.view(len(x_ESM), kept, -1), (0, 0, 0, x_ESM.shape[1] - kept))
 
 
 class TutelLayer(MoELayer):
@@ -63,14 +100,16 @@ class TutelLayer(MoELayer):
                 return RestoreBackward.forward(ctx, received, sent, mesh.ep_group)
 
         self.restore = RestoreInGroup
-        self.experts = BatchedExperts(spec, mesh.local_experts(spec.num_experts), mesh.device)
-        slots = Slots(self.experts, mesh.ep_group, meter=overlaps and mesh.ep_size > 1)
+        experts, slots_class = (GatheredExperts, GatheredSlots) if options.adaptive_r == 0 else (BatchedExperts, Slots)
+        self.experts = experts(spec, mesh.local_experts(spec.num_experts), mesh.device)
+        slots = slots_class(self.experts, mesh.ep_group, meter=overlaps and mesh.ep_size > 1)
         self.upstream = moe_layer(
             {"type": "top", "k": spec.top_k, "fp32_gate": True, "capacity_factor": 0.0},
             spec.model_dim,
             {"type": "custom", "module": lambda **_: slots, "num_experts_per_device": len(self.experts.experts)},
             group=mesh.ep_group,
-            **options.model_dump(),
+            parallel_type=f"adaptive:{options.adaptive_r}",
+            **options.model_dump(exclude={"adaptive_r"}),
         ).to(mesh.device)
 
     def forward(self, x_TM: Tensor) -> MoEOutput:
@@ -91,7 +130,7 @@ class TutelLayer(MoELayer):
             chosen.append(expert_ids_TK)
             return balance_loss(probs_TE, expert_ids_TK)
 
-        with _replaced(losses, "gshard_loss", loss), _replaced(communicate, "RestoreBackward", self.restore):
+        with replaced(losses, "gshard_loss", loss), replaced(communicate, "RestoreBackward", self.restore):
             y_TM = self.upstream(x_TM.contiguous(), capacity_factor=factor)
         counts_E = ops.count_choices(chosen[0], spec.num_experts)
         dropped = (counts_E - capacity).clamp_min(0).sum().long()
@@ -134,7 +173,7 @@ class Tutel(System):
     Options = Options
 
     def refusals(self, spec: LayerSpec, cluster: Cluster) -> list[str]:
-        """Missing package, odd widths, and overlap where upstream has none or a wrong one."""
+        """Missing package, odd widths, and options where upstream has nothing to do for them or does it wrong."""
         if find_spec("tutel") is None:
             return [f"The package tutel is not installed; see {PAGE}."]
         reasons = []
@@ -145,21 +184,17 @@ class Tutel(System):
             reasons.append("Tutel's a2a_ffn_overlap_degree works on CUDA only; elsewhere it would do nothing.")
         if overlaps and self.options.use_2dh:  # it takes a CUDA device's number for the rank's place in its node
             reasons.append("Tutel's overlapped 2DH mixes up ranks: use one of use_2dh and a2a_ffn_overlap_degree.")
+        if self.options.adaptive_r == 0 and (overlaps or self.options.use_2dh):
+            reasons.append("Tutel's adaptive_r=0 exchanges no tokens: leave use_2dh and a2a_ffn_overlap_degree out.")
+        if self.options.batch_prioritized_routing and spec.capacity_factor is None:  # it reads the last token's place
+            reasons.append(
+                "Tutel's batch_prioritized_routing miscounts slots where nothing drops: set capacity_factor."
+            )
         return reasons
 
     def build_layer(self, spec: LayerSpec, mesh: Mesh) -> MoELayer:
         """Upstream's layer."""
         return TutelLayer(spec, mesh, self.options)
-
-
-@contextmanager
-def _replaced(module: Any, name: str, stand_in: Any) -> Iterator[None]:
-    original = getattr(module, name)
-    setattr(module, name, stand_in)
-    try:
-        yield
-    finally:
-        setattr(module, name, original)
 
 
 def _prepare_upstream(mesh: Mesh, needed: str) -> None:

@@ -63,9 +63,10 @@ class _WeightedSum(torch.autograd.Function):
         return *ops.weighted_sum_backward(grad_TM, copies_SM, order, inverse_TK, weights_TK), None, None
 
 
-def permute(rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
-    """rows[order], differentiable. `order` holds every row once, `inverse` is its inverse; [R] int64."""
-    return _Permute.apply(rows, order, inverse)
+def permute(rows: Tensor, order: Tensor | None, inverse: Tensor | None) -> Tensor:
+    """rows[order], differentiable. `order` holds every row once, `inverse` is its inverse; [R] int64, or None for the
+    order that they have."""
+    return rows if order is None else _Permute.apply(rows, order, inverse)
 
 
 def expand(x_TM: Tensor, order: Tensor, inverse_TK: Tensor) -> Tensor:
@@ -202,13 +203,10 @@ class AllToAllDispatcher(Dispatcher):
         plan = self.plan(routing)
         copies_SM = expand(x_TM, plan.order, plan.inverse_TK)
         rows_RM = all_to_all_v(copies_SM, plan.receive_rows, plan.send_rows, self.group)
-        if plan.expert_order is not None:
-            rows_RM = _Permute.apply(rows_RM, plan.expert_order, plan.expert_inverse)
-        return rows_RM, plan
+        return permute(rows_RM, plan.expert_order, plan.expert_inverse), plan
 
     def combine(self, rows_RM: Tensor, plan: DispatchPlan, weights_TK: Tensor) -> Tensor:
         """As `Dispatcher.combine`."""
-        if plan.expert_order is not None:
-            rows_RM = _Permute.apply(rows_RM, plan.expert_inverse, plan.expert_order)
+        rows_RM = permute(rows_RM, plan.expert_inverse, plan.expert_order)
         copies_SM = all_to_all_v(rows_RM, plan.send_rows, plan.receive_rows, self.group)
         return weighted_sum(copies_SM, weights_TK, plan.order, plan.inverse_TK)

@@ -185,6 +185,14 @@ def _broadcast(meter: LinkMeter, call: dict[str, Any]) -> None:
         meter._send_next(_bytes(call["tensor"]), group, "other")
 
 
+def _reduce(meter: LinkMeter, call: dict[str, Any]) -> None:
+    group = call.get("group")
+    ranks = meter._ranks(group)
+    target = call["dst"] if call.get("dst") is not None else ranks[call.get("group_dst") or 0]
+    if meter.rank != target:
+        meter._send_next(_bytes(call["tensor"]), group, "reduction")
+
+
 def _send(meter: LinkMeter, call: dict[str, Any]) -> None:
     peer = call.get("dst")
     if peer is None:
@@ -196,6 +204,7 @@ _COUNTERS: dict[str, Callable[[LinkMeter, dict[str, Any]], None]] = {
     "all_to_all_single": _all_to_all_single,
     "all_to_all": _all_to_all,
     "all_reduce": _all_reduce,
+    "reduce": _reduce,
     "reduce_scatter": _reduce_scatter_list,
     "reduce_scatter_tensor": _reduce_scatter,
     "reduce_scatter_single": _reduce_scatter,

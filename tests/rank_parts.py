@@ -269,6 +269,8 @@ def metering(meshes: dict[int, Mesh]) -> Facts:
         dist.all_gather([torch.empty_like(rows) for _ in range(4)], rows)
     with recorded("broadcast"):
         dist.broadcast(rows.clone(), src=1)
+    with recorded("reduce"):
+        dist.reduce(rows.clone(), dst=1)
     with recorded("send"):
         if rank == 0:
             dist.send(rows, 3)
@@ -306,7 +308,7 @@ def _alone(rank: int) -> dist.ProcessGroup:
 
 def _torch_functions() -> list[Any]:
     names = ["all_to_all_single", "all_to_all", "all_reduce", "reduce_scatter_tensor", "all_gather_into_tensor"]
-    names += ["all_gather", "broadcast", "send", "isend"]
+    names += ["all_gather", "broadcast", "reduce", "send", "isend"]
     return [getattr(dist, name) for name in names] + [dist.distributed_c10d.isend]
 
 

@@ -48,6 +48,7 @@ EXPECTED: dict[str, list[list[list[Any]]]] = {
     "all_gather": ring(3 * TENSOR, OTHER),
     # From rank 1 along the ring; rank 0 is the last and sends nothing.
     "broadcast": [[], [[NETWORK, OTHER, TENSOR]], [[NODE, OTHER, TENSOR]], [[NETWORK, OTHER, TENSOR]]],
+    "reduce": [[[NODE, REDUCTION, TENSOR]], [], [[NODE, REDUCTION, TENSOR]], [[NETWORK, REDUCTION, TENSOR]]],
     "send": [[[NETWORK, A2A, TENSOR]], [], [], []],
     "send to a rank of a group": [[], [[NETWORK, A2A, TENSOR]], [], []],
     "batch_isend_irecv": ring(TENSOR, A2A),

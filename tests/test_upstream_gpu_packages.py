@@ -1,8 +1,9 @@
-"""Tutel and FastMoE, which no registry holds: what they say where they are missing or can't run, and the parts of their
-adapters that need neither the package nor a GPU."""
+"""Tutel, FastMoE and its FasterMoE, which no registry holds: what they say where they are missing or can't run, and the
+parts of their adapters that need neither the package nor a GPU."""
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from types import SimpleNamespace
 from typing import Any, cast
@@ -12,11 +13,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from baselines import fastmoe, tutel
+from baselines import fastmoe, fastmoe_smart, tutel
 from experiments.registry import create
 from moe.errors import Refused
 from moe.system import LayerSpec
-from moe.topology import cluster_of
+from moe.topology import Cluster, cluster_of
 from tests.contract import CASES, is_plain_sentence
 from tests.lone import lone_mesh
 
@@ -25,15 +26,17 @@ SPEC = LayerSpec(model_dim=16, hidden_dim=24, num_experts=4, top_k=2)
 MISSING = {
     "tutel": "The package tutel is not installed; see https://github.com/microsoft/Tutel.",
     "fastmoe": "The package fmoe (FastMoE) is not installed; see https://github.com/laekov/fastmoe.",
+    "fastermoe_upstream": "The package fmoe (FastMoE) is not installed; see https://github.com/laekov/fastmoe.",
 }
-PACKAGES = {"tutel": "tutel", "fastmoe": "fmoe"}
+PACKAGES = {"tutel": "tutel", "fastmoe": "fmoe", "fastermoe_upstream": "fmoe"}
+NO_BF16 = "FasterMoE's schedule has no backward in bf16; run it in fp32."
 
 
 @pytest.fixture
 def installed(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     """Packages that can be found, whatever this machine has; empty at first."""
     names: set[str] = set()
-    for module in (tutel, fastmoe):
+    for module in (tutel, fastmoe, fastmoe_smart):
         monkeypatch.setattr(module, "find_spec", lambda name: name if name in names else None)
     return names
 
@@ -52,23 +55,70 @@ def test_a_package_is_found_when_installed_and_asked_for_when_not(name: str, ins
     assert is_plain_sentence(MISSING[name])
     installed.add(PACKAGES[name])
     refusals = {case.name: create(name).refusals(case.spec, CLUSTER) for case in CASES}
-    assert set(map(tuple, refusals.values())) == {()}
+    refusing = {case: reasons for case, reasons in refusals.items() if reasons}
+    assert refusing == ({"bf16": [NO_BF16]} if name == "fastermoe_upstream" else {})
 
 
+@pytest.mark.parametrize("name", ["fastmoe", "fastermoe_upstream"])
 @pytest.mark.parametrize("backend", [None, "gloo"])
 def test_fastmoe_refuses_ranks_on_a_cpu(
-    backend: str | None, installed: set[str], monkeypatch: pytest.MonkeyPatch
+    backend: str | None, name: str, installed: set[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also on a machine that has GPUs, when the ranks are on its CPU."""
     installed.add("fmoe")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: backend is not None)
     monkeypatch.setattr(dist, "is_initialized", lambda: backend is not None)
     monkeypatch.setattr(dist, "get_backend", lambda: backend)
-    (reason,) = create("fastmoe").refusals(SPEC, CLUSTER)
+    (reason,) = create(name).refusals(SPEC, CLUSTER)
     assert is_plain_sentence(reason)
     assert reason == "FastMoE runs on CUDA and sends over NCCL only; these ranks are on a CPU."
     with pytest.raises(Refused, match="these ranks are on a CPU"):
-        create("fastmoe").build_layer(SPEC, lone_mesh())
+        create(name).build_layer(SPEC, lone_mesh(num_ranks=2))
+
+
+@pytest.mark.parametrize(
+    ("options", "cluster", "sentence"),
+    [
+        ({}, cluster_of([1]), "upstream's crashes on one; use several, or fastmoe."),
+        ({"group_size": 3}, CLUSTER, "group_size=3 doesn't divide 4 ranks; set one that does."),
+    ],
+)
+@pytest.mark.usefixtures("gpus")
+def test_fastermoe_refuses_ranks_that_its_groups_don_t_fit(
+    options: dict[str, Any], cluster: Cluster, sentence: str, installed: set[str]
+) -> None:
+    installed.add("fmoe")
+    (reason,) = create("fastermoe_upstream", options).refusals(SPEC, cluster)
+    assert is_plain_sentence(reason)
+    assert sentence in reason
+    with pytest.raises(Refused, match=sentence):
+        create("fastermoe_upstream", options).build_layer(SPEC, lone_mesh(cluster.world_size))
+
+
+@pytest.mark.usefixtures("gpus")
+def test_fastermoe_takes_fewer_ranks_than_a_group(installed: set[str]) -> None:
+    installed.add("fmoe")
+    assert create("fastermoe_upstream", {"group_size": 8}).refusals(SPEC, cluster_of([2])) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "changed", "sentence"),
+    [
+        ({"gate": "gshard"}, {"top_k": 1}, "gate gshard knows only top_k=2; set that, or gate=naive."),
+        ({"gate": "switch"}, {}, "gate switch knows only top_k=1"),
+        ({"gate": "noisy"}, {"capacity_factor": 1.0}, "gate noisy drops nothing; set capacity_factor=null"),
+        ({"random_routing": True}, {}, "gates gshard and dc only; set one of them."),
+        ({"switch_eps": 0.1, "gate": "dc"}, {}, "gate switch only; set gate=switch."),
+    ],
+)
+@pytest.mark.usefixtures("gpus")
+def test_what_fastmoe_s_gates_cannot_do_they_refuse(
+    options: dict[str, Any], changed: dict[str, Any], sentence: str, installed: set[str]
+) -> None:
+    installed.add("fmoe")
+    (reason,) = create("fastmoe", options).refusals(dataclasses.replace(SPEC, **changed), CLUSTER)
+    assert is_plain_sentence(reason)
+    assert sentence in reason
 
 
 @pytest.mark.parametrize(
@@ -76,6 +126,8 @@ def test_fastmoe_refuses_ranks_on_a_cpu(
     [
         ({}, True, 15, "Tutel takes an even model_dim only."),
         ({"a2a_ffn_overlap_degree": 2}, False, 16, "a2a_ffn_overlap_degree works on CUDA only"),
+        ({"adaptive_r": 0, "use_2dh": True}, True, 16, "adaptive_r=0 exchanges no tokens: leave use_2dh"),
+        ({"batch_prioritized_routing": True}, True, 16, "where nothing drops: set capacity_factor."),
         ({"a2a_ffn_overlap_degree": 2, "use_2dh": True}, True, 16, "use one of use_2dh and a2a_ffn_overlap_degree."),
     ],
 )

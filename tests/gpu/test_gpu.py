@@ -17,7 +17,9 @@ from experiments.cli import compose
 from experiments.config import load_run, run_id
 from experiments.registry import discover
 
-SYSTEMS = sorted(discover())
+SYSTEMS = sorted(set(discover()) - {"fastermoe_upstream"})
+"""All that can share a process: FastMoE and its FasterMoE can't."""
+
 PACKAGES = {"deepspeed": "deepspeed", "fairscale": "fairscale", "tutel": "tutel", "fastmoe": "fmoe"}
 SHAPE = (
     "shapes=[{name: small, tokens_per_rank: 512, model_dim: 256, hidden_dim: 512, num_experts: 16, top_k: 2,"
@@ -74,6 +76,52 @@ def test_layers_equal_the_oracle(tmp_path: Path, dtype: str, tolerance: float) -
     forward = timed[(timed["metric"] == "stage_time") & (timed["part"] == "forward/experts")]
     assert (forward["value"] > 0).all()
     assert set(forward["system"]) == expected
+
+
+FASTERMOE = {
+    "schedule": "shadowing: false",
+    "schedule and shadowing": "shadowing: true",
+    "shadows": "network_bytes_per_s: 1.0e+15, gemm_flop_per_s: 1000.0",
+    "groups of one": "group_size: 1",
+}
+
+
+@pytest.mark.parametrize("case", FASTERMOE)
+def test_fastermoe_equals_the_oracle_in_a_run_of_its_own(tmp_path: Path, case: str) -> None:
+    """Upstream's policy shadows only where ranks send unequally many copies, so there some are dropped."""
+    systems = f"systems=[{{name: fastermoe_upstream, {FASTERMOE[case]}}},fastmoe]"
+    drops = "capacity_factor=1.0" if case == "shadows" else "capacity_factor=null"
+    overrides = ["cluster=auto", "dtype=fp32", "workload=zipf", drops, systems, SHAPE, f"output_dir={tmp_path}"]
+    run("experiments.layer", *overrides)
+    samples = pd.read_parquet(only(tmp_path, "layer-*") / "samples.parquet")
+    status = samples[samples["metric"] == "status"]
+    refused = dict(zip(status["system"], status["part"], strict=True))
+    errors = samples[samples["metric"] == "relative_error"]
+    if find_spec("fmoe") is None:
+        assert all("not installed" in reason for reason in refused.values())
+        assert set(refused) == {"fastermoe_upstream", "fastmoe"}
+    elif torch.cuda.device_count() == 1:
+        assert set(refused) == {"fastermoe_upstream"}
+    else:
+        assert set(errors["system"]) == {"fastermoe_upstream"}
+        assert (errors["value"] <= 1e-5).all(), errors
+        assert "give each a run of its own" in refused["fastmoe"]
+        sent = set(samples[samples["metric"] == "bytes"]["part"].str.split("/").str[1])
+        assert ("reduction" in sent) == (case == "shadows"), "shadows' gradients are reduced, and nothing else here"
+
+
+def test_fastmoe_s_own_gates_route(tmp_path: Path) -> None:
+    """Outputs are the oracle's where a gate neither samples nor drops; its loss, and so its gradients, are its own."""
+    gates = ["naive", "gshard", "dc", "noisy"]
+    systems = ",".join(f"{{name: fastmoe, label: {gate}, gate: {gate}}}" for gate in gates)
+    run("experiments.layer", "cluster=auto", "dtype=fp32", f"systems=[{systems}]", SHAPE, f"output_dir={tmp_path}")
+    samples = pd.read_parquet(only(tmp_path, "layer-*") / "samples.parquet")
+    if find_spec("fmoe") is None:
+        assert set(samples[samples["metric"] == "status"]["system"]) == set(gates)
+        return
+    assert set(samples[samples["metric"] == "step_time"]["system"]) == set(gates)
+    of_outputs = samples[(samples["metric"] == "relative_error") & samples["part"].isin(["output", "expert_grad"])]
+    assert (of_outputs[of_outputs["system"] != "noisy"]["value"] <= 1e-5).all(), of_outputs
 
 
 def test_kernels_are_listed(tmp_path: Path) -> None:

@@ -1,0 +1,86 @@
+"""A roofline from a table: `python -m analysis.roofline roofline.csv` draws roofline.png and roofline.pdf beside it.
+
+The table holds points and curves (`analysis.plots.roofline.COLUMNS`); FasterMoE's predictor makes one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from analysis.errors import ResultsError
+from analysis.plots.roofline import COLUMNS, roofline_figure
+from analysis.style import save, suite_style
+
+
+def write_roofline(table_path: Path, where: str = "") -> None:
+    """Draw the table as files of its name with .png and .pdf.
+
+    Args:
+        table_path: a CSV with the columns of `roofline_figure`.
+        where: sentence on the hardware, for the caption.
+
+    Raises:
+        ResultsError: no such file, a missing column, or a row that can't be drawn.
+    """
+    table = read_roofline(table_path)
+    with suite_style():
+        save(roofline_figure(table, where), table_path.with_suffix(""))
+
+
+def read_roofline(table_path: Path) -> pd.DataFrame:
+    """The table, checked.
+
+    Raises:
+        ResultsError: see `write_roofline`.
+    """
+    try:
+        table = pd.read_csv(table_path)
+    except (OSError, ValueError) as error:
+        raise ResultsError(f"{table_path}: not a readable CSV ({error}). Fix: name the table of a roofline.") from error
+    missing = [name for name in COLUMNS if name not in table]
+    if missing:
+        raise ResultsError(
+            f"{table_path}: it has no column {', '.join(missing)}. Fix: a roofline needs {', '.join(COLUMNS)}."
+        )
+    allowed = {"what": ("curve", "point"), "kind": ("measured", "modelled")}
+    for column, values in allowed.items():
+        wrong = table[~table[column].isin(values)]
+        if len(wrong):
+            found = f"{column}={wrong[column].iloc[0]} in row {wrong.index[0]}"
+            raise ResultsError(f"{table_path}: {found}. Fix: use {' or '.join(values)}.")
+    for column in ("ratio", "flops_per_s"):
+        numbers = pd.to_numeric(table[column], errors="coerce")
+        wrong = table[~(np.isfinite(numbers) & (numbers > 0))]
+        if len(wrong):
+            raise ResultsError(
+                f"{table_path}: {column}={wrong[column].iloc[0]} in row {wrong.index[0]} has no place on a logarithmic "
+                "axis. Fix: leave the row out."
+            )
+    if table.empty:
+        raise ResultsError(f"{table_path}: it has no rows. Fix: give a point or a curve.")
+    return table
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line: 0 when the figure was written, 2 with a sentence on stderr when it could not be."""
+    parser = argparse.ArgumentParser(prog="python -m analysis.roofline", description=__doc__)
+    parser.add_argument("table", type=Path, help="CSV of points and curves")
+    parser.add_argument("--where", default="", help="sentence on the hardware, for the caption")
+    given = parser.parse_args(arguments)
+    try:
+        write_roofline(given.table, given.where)
+    except ResultsError as error:
+        print(error, file=sys.stderr)
+        return 2
+    print(f"written: {given.table.with_suffix('.png')} and {given.table.with_suffix('.pdf')}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
