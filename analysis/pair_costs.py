@@ -85,14 +85,15 @@ def _clusters(run: Run) -> Iterator[dict[str, Any]]:
 
 
 def innermost_group(levels: list[Level]) -> tuple[int, list[str]]:
-    """(ranks of the innermost group of several, names of the levels inside it, `self` first); (1, [self]) without."""
+    """(ranks of the innermost group of several, names of the levels inside it, `self` first); (1, [self]) where that is
+    the whole cluster or there is none: then what stays near is what stays on its rank."""
     names, size = ["self"], 1
-    for level in levels:
+    for index, level in enumerate(levels):
         names.append(level.name)
         size *= level.fanout
-        if size > 1:
-            break
-    return size, names
+        if size > 1 and any(outer.fanout > 1 for outer in levels[index + 1 :]):
+            return size, names
+    return 1, ["self"]
 
 
 def level_indices(levels: list[Level]) -> NDArray[np.intp]:

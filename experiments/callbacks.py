@@ -28,6 +28,9 @@ from moe.mesh import Mesh
 from moe.metering import CLASSES, LinkMeter
 from moe.system import MoEOutput
 
+MAX_COUNTS_BYTES = 1 << 28
+"""Of the counts of copies by rank and expert; where there are more, every second logged step is kept."""
+
 GATHER_STEPS = 10
 GATHER_S = 2.0
 """The ranks' numbers are gathered after so many logged steps, or after so many seconds if steps are slow."""
@@ -69,6 +72,10 @@ class Recorder(L.Callback):
         self.sample: tuple[int, np.ndarray] | None = None
         self.observed: dict[str, np.ndarray] = {}
         self._cpu_start = 0.0
+        ranks, ep_size = range(mesh.world_size), mesh.ep_size
+        self._level_WP = torch.tensor(
+            [[mesh.cluster.level_of(rank, rank - rank % ep_size + place) for place in range(ep_size)] for rank in ranks]
+        )
         self._pending: list[tuple[int, Tensor]] = []
         self._gather_after = 1
         self._interval_start, self._interval_step = 0.0, start_step
@@ -191,18 +198,16 @@ class Recorder(L.Callback):
             self._add(step, "routed_share", share, "1", level)
         self.counts.append(by_rank.transpose(0, 1).to(torch.int32).numpy())
         self.counted_steps.append(step)
+        if len(self.counts) * self.counts[-1].nbytes > MAX_COUNTS_BYTES:  # every second, the latest among them
+            self.counts, self.counted_steps = self.counts[::-2][::-1], self.counted_steps[::-2][::-1]
         assert self.progress is not None
         self.progress.advance(step + 1, float(loss.mean()))
 
     def _shares_by_level(self, counts_WE: Tensor) -> list[float]:
         """Of all copies, how many have their expert at each level's distance; experts lie in order, as many a rank."""
-        cluster, ep_size = self.mesh.cluster, self.mesh.ep_size
-        shares = [0.0] * len(cluster.levels)
-        for rank, counts_E in enumerate(counts_WE):
-            first = rank - rank % ep_size
-            for place, count in enumerate(counts_E.view(ep_size, -1).sum(1).tolist()):
-                shares[cluster.level_of(rank, first + place)] += count / float(counts_WE.sum())
-        return shares
+        copies_WP = counts_WE.view(len(counts_WE), self.mesh.ep_size, -1).sum(2)
+        levels = range(len(self.mesh.cluster.levels))
+        return [float(copies_WP[self._level_WP == level].sum() / copies_WP.sum()) for level in levels]
 
     def _add(self, step: int, metric: str, value: float, unit: str, part: str = "") -> None:
         self.rows.append(MetricRow(step, metric, part, value, unit))

@@ -35,14 +35,15 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 class Entry(NamedTuple):
     """One canonical tensor: its key, the parameter that holds it, and how to see it in a tensor of that shape.
 
-    `local` marks what a rank has for itself: a checkpoint of another system or world size may not hold it, and then it
-    stays as it is.
+    `local` marks what a rank has for itself: it is meant for that rank of clusters of one shape, and where a checkpoint
+    is of another, or of another system, it stays as it is. `averaged` marks what such ranks save for everybody else.
     """
 
     key: str
     parameter: nn.Parameter
     view: Callable[[Tensor], Tensor]
     local: bool = False
+    averaged: bool = False
 
 
 def canonical_entries(gpt: GPT) -> Iterator[Entry]:
@@ -51,13 +52,16 @@ def canonical_entries(gpt: GPT) -> Iterator[Entry]:
     seen: set[int] = set()
     for layer in gpt.moe_layers:
         prefix = f"layers/{layer.spec.layer_index}"
-        yield Entry(f"{prefix}/gate", layer.gate_weight, _itself)
+        own = layer.local_parameters()
+        averaged = any(parameter is layer.gate_weight for parameter in own.values())
+        yield Entry(f"{prefix}/gate", layer.gate_weight, _itself, averaged=averaged)
         seen.add(id(layer.gate_weight))
         for view in layer.expert_views():
             yield Entry(f"{prefix}/experts/{view.expert}/{view.name}", view.parameter, view.view)
             seen.add(id(view.parameter))
-        for name, parameter in layer.local_parameters().items():
-            yield Entry(f"{prefix}/ranks/{layer.mesh.rank}/{name}", parameter, _itself, local=True)
+        shape = "x".join(str(level.fanout) for level in layer.mesh.cluster.levels[1:])
+        for name, parameter in own.items():
+            yield Entry(f"{prefix}/ranks/{layer.mesh.rank} of {shape}/{name}", parameter, _itself, local=True)
             seen.add(id(parameter))
     for name, parameter in gpt.named_parameters():
         if id(parameter) not in seen:
@@ -138,6 +142,8 @@ def load_checkpoint(path: Path, gpt: GPT, optimizer: Optimizer) -> dict[str, Any
     try:
         saved = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
         entries = [entry for entry in canonical_entries(gpt) if not entry.local or entry.key in saved]
+        if lacking := [entry.key for entry in canonical_entries(gpt) if entry.local and entry.key not in saved]:
+            print(f"{path} holds nothing for {lacking[0]} and {len(lacking) - 1} more: they start anew", flush=True)
         fresh = _tensors(entries, optimizer, for_saving=False)
         dcp.load(fresh, checkpoint_id=path)
     except (dcp.CheckpointException, ValueError) as error:
@@ -223,6 +229,9 @@ def _tensors(entries: Iterable[Entry], optimizer: Optimizer, *, for_saving: bool
 
     def tensor(entry: Entry, source: Tensor) -> Tensor:
         seen = entry.view(source.detach())
+        if for_saving and entry.averaged:
+            seen = seen / dist.get_world_size()
+            dist.all_reduce(seen)
         return seen.contiguous() if for_saving else torch.empty(seen.shape, dtype=seen.dtype, device=seen.device)
 
     tensors = {}

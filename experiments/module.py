@@ -60,7 +60,7 @@ class LanguageModel(L.LightningModule):
         """Forward, backward and update: the model's own work, timed."""
         started = time.thread_time()
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
-        self.system.after_step(self.gpt, optimizer.optimizer, self.trainer.global_step)
+        self.system.after_step(self.gpt, optimizer.optimizer, self.trainer.global_step + 1)  # Lightning counts later
         self.work_cpu_s += time.thread_time() - started
 
     def configure_optimizers(self) -> Any:

@@ -284,7 +284,7 @@ class RunDir:
                 be missing.
         """
         for name, array in arrays.items():
-            kind, num_dims = ROUTING_ARRAYS[name]
+            kind, num_dims = ROUTING_ARRAYS.get(name, (np.number, array.ndim))
             assert np.issubdtype(array.dtype, kind) and array.ndim == num_dims, (name, array.dtype, array.shape)
         with atomic_write(self.path / "routing.npz") as file:
             np.savez_compressed(file, **arrays)  # type: ignore[arg-type]  # the stubs take them for `allow_pickle`

@@ -162,7 +162,8 @@ def relative_error(value: Tensor, expected: Tensor) -> float:
 
 
 class Observed:
-    """Output and gradients of one forward and backward of a layer, in canonical form.
+    """Output and gradients of one forward and backward of a layer, in canonical form. The balance loss counts; of a
+    system that has one of its own, `errors` leaves out what it has a part in.
 
     Args:
         system: that built the layer.
@@ -185,6 +186,7 @@ class Observed:
         ((output.y_TM * grad_TM.to(spec.dtype)).sum() + output.aux_loss).backward()
         system.gradient_sync(layer, mesh).reduce()
         assert x_TM.grad is not None and layer.gate_weight.grad is not None
+        self.own_balance_loss = system.own_balance_loss
         self.output, self.input_grad, self.gate_grad = output.y_TM.detach(), x_TM.grad, layer.gate_weight.grad
         self.expert_grads = {
             (view.expert, view.name): view.view(view.parameter.grad)
@@ -195,6 +197,8 @@ class Observed:
     def errors(self, expected: Observed) -> dict[str, float]:
         """Relative errors by part: output, input_grad, gate_grad, and expert_grad (the worst expert of this rank)."""
         experts = [relative_error(grad, expected.expert_grads[key]) for key, grad in self.expert_grads.items()]
+        if self.own_balance_loss:
+            return {"output": relative_error(self.output, expected.output), "expert_grad": max(experts)}
         return {
             "output": relative_error(self.output, expected.output),
             "input_grad": relative_error(self.input_grad, expected.input_grad),

@@ -11,8 +11,10 @@ Dimensions: T tokens of a rank, K choices, M model, E experts, P ranks of the ex
 
 from __future__ import annotations
 
+import math
+from functools import cache
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -21,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from methods.ta_moe_target import Matrix, balanced, closed_form, penalties, smooth
+from methods.ta_moe_target import Matrix, balanced, closed_form, penalties, smooth, tree_levels
 from moe.costs import pair_costs
 from moe.dispatch import Dispatcher
 from moe.gate import TopKGate, balance_loss, queue_positions
@@ -48,7 +50,10 @@ class Options(BaseModel):
         bias_scale: the bias is this times a parameter, so that it learns so many times as fast (ours).
         self_cost: of copies that stay on their rank: as inside the `node`, or the device's `own` (ours).
         norm: of the penalty, see `methods.ta_moe_target.penalties`; `sum` is ours, the released code takes `softmax`.
-        topology_file: text file of a P x P matrix, inverse bandwidth in any unit, in place of the cluster's costs.
+        topology: P x P matrix of inverse bandwidths, in any unit, in place of the cluster's costs; or the text file
+            that holds it, whose content then stands here.
+        tree: with a topology, the switches of a cluster whose branches are not alike, as nested fan-outs:
+            [[2, 2], [2]]; links of one level get their mean cost. null: the cluster's own levels.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -58,40 +63,58 @@ class Options(BaseModel):
     bias_scale: float = Field(default=10.0, gt=0, allow_inf_nan=False)
     self_cost: Literal["node", "own"] = "node"
     norm: Literal["sum", "softmax"] = "sum"
-    topology_file: str | None = Field(default=None, min_length=1, examples=["topology.txt"])
+    topology: list[list[float]] | None = Field(default=None, examples=["topology.txt"])
+    tree: list[Any] | None = Field(default=None, min_length=1, examples=[[[2, 2], [2]]])
 
-    @field_validator("topology_file")
+    @field_validator("topology", mode="before")
     @classmethod
-    def _readable(cls, value: str | None) -> str | None:
-        if value is not None:
-            read_topology(value)
+    def _from_file(cls, value: Any) -> Any:
+        return read_topology(value) if isinstance(value, str) else value
+
+    @field_validator("topology")
+    @classmethod
+    def _square(cls, value: list[list[float]] | None) -> list[list[float]] | None:
+        if value is None:
+            return None
+        lengths = {len(row) for row in value}
+        if lengths != {len(value)}:
+            size = f"{len(value)} x {' or '.join(map(str, sorted(lengths)))}"
+            raise ValueError(f"must be square, a row and a column for every rank, and is {size}")
+        if not all(math.isfinite(beta) and beta > 0 for row in value for beta in row):
+            raise ValueError("must hold positive, finite numbers only: inverse bandwidths")
+        return value
+
+    @field_validator("tree")
+    @classmethod
+    def _nested(cls, value: list[Any] | None) -> list[Any] | None:
+        if value is not None and not _is_tree(value):
+            raise ValueError("must be nested lists of fan-outs, whole numbers from 1 on, such as [[2, 2], [2]]")
         return value
 
 
-def read_topology(path: str) -> Matrix:
-    """The square matrix of a topology file, float64 [P, P].
+def _is_tree(node: Any) -> bool:
+    if isinstance(node, list):
+        return bool(node) and all(map(_is_tree, node))
+    return isinstance(node, int) and not isinstance(node, bool) and node >= 1
+
+
+def read_topology(path: str) -> list[list[float]]:
+    """The matrix of a topology file, a rank's row a line.
 
     Raises:
-        ValueError: the file is missing, not a matrix of numbers, not square, or not positive.
+        ValueError: the file is missing, or not a matrix of numbers.
     """
     file = Path(path).expanduser()
     if not file.is_file():
         raise ValueError(f"there is no such file (looked at {file.absolute()})")
     try:
-        beta_PP = np.loadtxt(file, ndmin=2)
+        return np.loadtxt(file, ndmin=2).tolist()
     except ValueError as error:
         raise ValueError(f"must be a matrix of numbers, a rank's row a line ({error})") from None
-    if beta_PP.shape[0] != beta_PP.shape[1]:
-        raise ValueError(
-            f"must be square, a row and a column for every rank, and is {' x '.join(map(str, beta_PP.shape))}"
-        )
-    if not (np.isfinite(beta_PP).all() and (beta_PP > 0).all()):
-        raise ValueError("must hold positive, finite numbers only: inverse bandwidths")
-    return beta_PP
 
 
 class StaticCapacities:
-    """Slots of every rank for every expert: ceil(c * K * T * share / L), at least 1, with c the capacity factor.
+    """Slots of every rank for every expert: ceil(c * K * T * share / L), 1 to T, with c the capacity factor.
 
     Args:
         spec: of the layer; its capacity factor is c.
@@ -104,9 +127,15 @@ class StaticCapacities:
         per_token_PE = spec.capacity_factor * spec.top_k / num_local * shares_PP.repeat(num_local, axis=1)
         self.per_token_PE = torch.from_numpy(per_token_PE)
 
+    @cache  # noqa: B019  # lives as long as its layer; a run has few numbers of tokens
     def __call__(self, num_tokens: int) -> Tensor:
         """[P, E] int64 for T tokens a rank."""
-        return (num_tokens * self.per_token_PE).round(decimals=6).ceil().clamp_min(1).long()
+        return (num_tokens * self.per_token_PE).round(decimals=6).ceil().clamp(1, max(1, num_tokens)).long()
+
+    @cache  # noqa: B019  # likewise
+    def of_rank(self, rank: int, num_tokens: int, device: torch.device) -> Tensor:
+        """[E] int64, the rank's row there."""
+        return self(num_tokens)[rank].to(device)
 
 
 class TopologyGate(TopKGate):
@@ -157,7 +186,7 @@ class TopologyGate(TopKGate):
         """In DeepSpeed mode as many copies as this rank has slots for the expert, else as `TopKGate.keep`."""
         if self.capacities is None:
             return super().keep(expert_ids_TK)
-        slots_E = self.capacities(len(expert_ids_TK))[self.mesh.ep_rank].to(expert_ids_TK.device)
+        slots_E = self.capacities.of_rank(self.mesh.ep_rank, len(expert_ids_TK), expert_ids_TK.device)
         return queue_positions(expert_ids_TK, self.spec.num_experts) < slots_E[expert_ids_TK]
 
 
@@ -169,7 +198,7 @@ class TopologyAwareMoE(NativeMoE):
     def __init__(self, spec: LayerSpec, mesh: Mesh, options: Options) -> None:
         self.options = options
         self.shares_PP = target_shares(options, mesh.cluster, mesh.ep_ranks)
-        is_even = np.abs(self.shares_PP * mesh.ep_size - 1).max() < EVEN
+        is_even = bool(np.abs(self.shares_PP * mesh.ep_size - 1).max() < EVEN)
         penalty_E = None
         if not is_even:
             penalty_P = penalties(self.shares_PP, options.norm)[mesh.ep_rank]
@@ -183,12 +212,13 @@ class TopologyAwareMoE(NativeMoE):
             else StaticDispatcher(mesh, spec.num_experts, capacities)
         )
         super().__init__(spec, mesh, gate, dispatcher)
+        self.has_own_gate = options.gate == "local" and not is_even
 
     def local_parameters(self) -> dict[str, nn.Parameter]:
         """The rank's own bias or gate."""
         if self.gate.bias_E is not None:
             return {"gate_bias": self.gate.bias_E}
-        return {"gate": self.gate.weight} if self.options.gate == "local" else {}
+        return {"gate": self.gate.weight} if self.has_own_gate else {}
 
     def observations(self) -> dict[str, Tensor]:
         """target_shares [W, E] float64: of each rank's copies, how many should go to each expert."""
@@ -202,17 +232,20 @@ def target_shares(options: Options, cluster: Cluster, ranks: list[int]) -> Matri
 
     Args:
         options: of the system.
-        cluster: the ranks' levels, and their costs where no topology file stands in for them; nothing `missing_costs`.
+        cluster: the ranks' levels, and their costs where no topology stands in for them; nothing `missing_costs`.
         ranks: of the expert-parallel group, in order.
     """
-    levels_PP = np.array([[cluster.level_of(a, b) for b in ranks] for a in ranks])
+    if options.tree is None:
+        levels_PP = np.array([[cluster.level_of(a, b) for b in ranks] for a in ranks])
+    else:
+        levels_PP = tree_levels(options.tree)[np.ix_(ranks, ranks)]
     apart = levels_PP[levels_PP > 0]
     if len(np.unique(apart)) <= 1 and options.self_cost == "node":
         return np.full(levels_PP.shape, 1 / len(ranks))
-    if options.topology_file is None:
+    if options.topology is None:
         beta_PP = pair_costs(cluster, ranks)[1]
     else:
-        beta_PP = smooth(read_topology(options.topology_file)[np.ix_(ranks, ranks)], levels_PP)
+        beta_PP = smooth(np.array(options.topology)[np.ix_(ranks, ranks)], levels_PP)
     if options.self_cost == "node":
         np.fill_diagonal(beta_PP, beta_PP[levels_PP == apart.min()].mean())
     return balanced(closed_form(beta_PP))
@@ -221,7 +254,7 @@ def target_shares(options: Options, cluster: Cluster, ranks: list[int]) -> Matri
 def missing_costs(options: Options, cluster: Cluster) -> list[str]:
     """Names of the levels whose cost the target needs and nobody measured."""
     apart = [level for level in cluster.levels[1:] if level.fanout > 1]
-    if options.topology_file is not None or (len(apart) <= 1 and options.self_cost == "node"):
+    if options.topology is not None or (len(apart) <= 1 and options.self_cost == "node"):
         return []
     needed = apart if options.self_cost == "node" else [cluster.levels[0], *apart]
     return [level.name for level in needed if not level.beta_s_per_byte]
@@ -242,15 +275,19 @@ class TAMoE(System):
         if missing := missing_costs(options, cluster):
             reasons.append(
                 f"TA-MoE needs the cost of the level{'s' * (len(missing) > 1)} {' and '.join(missing)} of cluster "
-                f"{cluster.name}: {MEASURE}, or give topology_file."
+                f"{cluster.name}: {MEASURE}, or give topology."
             )
-        if options.topology_file is not None:
-            size = len(read_topology(options.topology_file))
-            if size != cluster.world_size:
+        if options.topology is not None and len(options.topology) != cluster.world_size:
+            size = len(options.topology)
+            reasons.append(f"The topology is of {size} ranks, cluster {cluster.name} has {cluster.world_size}.")
+        if options.tree is not None:
+            leaves = len(tree_levels(options.tree))
+            if leaves != cluster.world_size:
                 reasons.append(
-                    f"The topology file {options.topology_file} is of {size} ranks, cluster {cluster.name} has "
-                    f"{cluster.world_size}."
+                    f"The tree {options.tree} has {leaves} ranks, cluster {cluster.name} {cluster.world_size}."
                 )
+            if options.topology is None:
+                reasons.append("TA-MoE's tree needs a topology: a cluster has costs for its own levels only.")
         if options.mode == "deepspeed" and spec.capacity_factor is None:
             reasons.append("TA-MoE's mode=deepspeed needs a capacity factor: set capacity_factor, or mode=fastmoe.")
         if options.mode == "fastmoe" and spec.capacity_factor is not None:
@@ -269,5 +306,6 @@ class TAMoE(System):
         if every is None or steps_done % every:
             return
         for layer in moe_layers(model):
-            dist.all_reduce(layer.gate_weight.data)
-            layer.gate_weight.data /= layer.mesh.world_size
+            if layer.local_parameters():
+                dist.all_reduce(layer.gate_weight.data)
+                layer.gate_weight.data /= layer.mesh.world_size

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from moe.layer import NativeMoE
 from moe.mesh import Mesh, create_mesh
 from moe.static_dispatch import StaticDispatcher
 from moe.system import Activation, LayerSpec, MoELayer, System
-from moe.topology import Cluster, Level
+from moe.topology import Cluster, Level, cluster_of
 from moe.weights import load_layer
 from tests.comparing import relative_error
 
@@ -34,6 +35,7 @@ TRAINED: dict[str, dict[str, Any]] = {
     "synchronised": {"gate": "synchronised"},
     "softmax": {"gate": "bias", "norm": "softmax"},
 }
+GATES = ("bias", "local", "synchronised")
 GATE_STEPS = 40
 MODEL = ModelConfig(
     name="two blocks",
@@ -62,6 +64,8 @@ def measure(payload: dict[str, Any], info: RankInfo) -> list[dict[str, Any]]:
         "far_shares": {name: far_shares(options, mesh) for name, options in TRAINED.items()},
         "static": static_against_all_to_all(mesh),
         "capacities": capacities(mesh),
+        "one level": one_level(mesh),
+        "local gradient": local_gradient(mesh),
         "checkpoint": checkpoint(Path(payload["folder"]), mesh),
     }
     gathered: list[dict[str, Any]] = [{} for _ in range(info.world_size)]
@@ -92,6 +96,57 @@ def far_shares(options: dict[str, Any], mesh: Mesh) -> list[float]:
         near = mesh.rank // 2 * 4
         shares.append(1 - float(output.counts_E[near : near + 4].sum() / output.counts_E.sum()))
     return shares
+
+
+def one_level(mesh: Mesh) -> dict[str, float]:
+    """Largest difference of anything to flat's after two steps on a cluster of one level, by kind of gate."""
+    flat_mesh = dataclasses.replace(mesh, cluster=cluster_of([4]))
+    trained = {
+        name: _two_steps(system, flat_mesh)
+        for name, system in {"flat": create("flat"), **{gate: TAMoE({"gate": gate}) for gate in GATES}}.items()
+    }
+    return {
+        gate: max(float((a - b).abs().max()) for a, b in zip(trained[gate], trained["flat"], strict=True))
+        for gate in GATES
+    }
+
+
+def _two_steps(system: System, mesh: Mesh) -> list[Tensor]:
+    layer = system.build_layer(LayerSpec(16, 16, 8, 2), mesh)
+    load_layer(layer)
+    sync, optimizer = system.gradient_sync(layer, mesh), torch.optim.SGD(layer.parameters(), lr=0.1)
+    for steps_done in (1, 2):
+        x_TM = torch.randn(20, 16, generator=torch.Generator().manual_seed(10 * steps_done + mesh.rank))
+        output = layer(x_TM)
+        (output.y_TM.square().sum() + output.aux_loss).backward()
+        sync.reduce()
+        optimizer.step()
+        system.after_step(layer, optimizer, steps_done)
+        optimizer.zero_grad()
+    return [parameter.detach() for parameter in layer.parameters()]
+
+
+def local_gradient(mesh: Mesh) -> dict[str, Any]:
+    """A rank's bias' gradient before and after reduction, and the norm that clipping sees, with all that it is of."""
+    system = TAMoE()
+    layer = system.build_layer(LayerSpec(16, 16, 8, 2), mesh)
+    load_layer(layer)
+    sync = system.gradient_sync(layer, mesh)
+    layer(torch.randn(20, 16, generator=torch.Generator().manual_seed(mesh.rank))).aux_loss.backward()
+    (bias_E,) = layer.local_parameters().values()
+    assert bias_E.grad is not None
+    before = bias_E.grad.clone()
+    sync.reduce()
+    after, gate_grad = bias_E.grad.clone(), layer.gate_weight.grad
+    assert gate_grad is not None
+    return {
+        "before": before.tolist(),
+        "after": after.tolist(),
+        "square": float(after.square().sum()),
+        "gate_square": float(gate_grad.square().sum()),
+        "norm": float(sync.clip(1e-4)),
+        "clipped": float(bias_E.grad.norm()),
+    }
 
 
 def _step(layer: MoELayer, x_TM: Tensor, system: System) -> dict[str, Tensor]:
@@ -153,8 +208,8 @@ def capacities(mesh: Mesh) -> dict[str, Any]:
 def checkpoint(folder: Path, mesh: Mesh) -> dict[str, Any]:
     """Each rank's bias after saving and loading: by itself, from a system without one, and the other way round."""
 
-    def trainee(name: str) -> tuple[Any, torch.optim.Optimizer]:
-        gpt = build_gpt(MODEL, create(name), mesh, 0, torch.float32)
+    def trainee(name: str, options: dict[str, Any] | None = None) -> tuple[Any, torch.optim.Optimizer]:
+        gpt = build_gpt(MODEL, create(name, options), mesh, 0, torch.float32)
         return gpt, torch.optim.AdamW(gpt.parameters(), lr=1e-3)
 
     def bias_of(gpt: Any) -> Tensor:
@@ -175,4 +230,23 @@ def checkpoint(folder: Path, mesh: Mesh) -> dict[str, Any]:
     reloaded, reload_optimizer = trainee("ta_moe")
     load_checkpoint(folder / "step_1", reloaded, reload_optimizer)
     load_checkpoint(folder / "step_2", again, fresh_optimizer)
-    return {"saved": own, "loaded": bias_of(reloaded).tolist(), "from_flat": bias_of(again).tolist()}
+    other_shape = Cluster("other", (CLUSTER.levels[0], CLUSTER.levels[1], Level("rack", 1), CLUSTER.levels[2]))
+    elsewhere = build_gpt(MODEL, create("ta_moe"), dataclasses.replace(mesh, cluster=other_shape), 0, torch.float32)
+    load_checkpoint(folder / "step_1", elsewhere, torch.optim.AdamW(elsewhere.parameters(), lr=1e-3))
+
+    gates, gates_optimizer = trainee("ta_moe", {"gate": "local"})
+    with torch.no_grad():
+        gates.moe_layers[0].gate_weight.fill_(mesh.rank + 1.0)
+    save_checkpoint(folder / "step_3", gates, gates_optimizer, {})
+    load_checkpoint(folder / "step_3", flat, flat_optimizer)
+    with torch.no_grad():
+        gates.moe_layers[0].gate_weight.fill_(7.0)
+    load_checkpoint(folder / "step_3", gates, gates_optimizer)
+    return {
+        "saved": own,
+        "loaded": bias_of(reloaded).tolist(),
+        "from_flat": bias_of(again).tolist(),
+        "other_shape": bias_of(elsewhere).tolist(),
+        "local_gate": float(gates.moe_layers[0].gate_weight.mean()),
+        "local_gate_in_flat": float(flat.moe_layers[0].gate_weight.mean()),
+    }

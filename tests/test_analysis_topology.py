@@ -149,7 +149,7 @@ def test_levels_of_pairs_and_groups(tmp_path: Path) -> None:
     assert innermost_group(levels_of(run)) == (2, ["self", "node"])
     single = [LEVELS[0] | {"fanout": 1}, LEVELS[1] | {"fanout": 3}]
     lone = levels_of(load_run(write_run(tmp_path / "lone", "flat", 0, levels=single)))
-    assert innermost_group(lone) == (3, ["self", "node", "network"])
+    assert innermost_group(lone) == (1, ["self"])
     assert level_indices(lone).tolist() == [[0, 2, 2], [2, 0, 2], [2, 2, 0]]
 
 

@@ -147,6 +147,7 @@ def test_static_capacities_sum_to_what_a_rank_sends_and_an_expert_takes() -> Non
     shares_PP = target_shares(Options(), CLUSTER, [0, 1, 2, 3])
     slots_PE = StaticCapacities(spec, shares_PP)(1000)
     assert slots_PE.shape == (4, 8)
+    assert StaticCapacities(spec, np.full((4, 4), 0.25))(1).max() == 1, "a token chooses an expert at most once"
     assert slots_PE[0].tolist() == [450, 450, 450, 450, 50, 50, 50, 50]
     assert slots_PE.sum(0).tolist() == [1000] * 8 and slots_PE.sum(1).tolist() == [2000] * 4
     assert StaticCapacities(spec, shares_PP)(1).min() == 1, "no pair without a slot"
@@ -184,18 +185,34 @@ def test_a_bad_topology_file_is_told(tmp_path: Path, text: str | None, message: 
     if text is not None:
         file.write_text(text)
     with pytest.raises(ValueError, match=message):
-        Options(topology_file=str(file))
+        Options.model_validate({"topology": str(file)})
 
 
 def test_a_topology_file_stands_in_for_costs(tmp_path: Path) -> None:
     file = tmp_path / "topology.txt"
     np.savetxt(file, np.choose(tree_levels([2, 2]), [0.1, 1.0, 9.0]))
-    system = TAMoE({"topology_file": str(file)})
+    system = TAMoE({"topology": str(file)})
     assert system.refusals(SPEC, cluster_of([2, 2])) == []
     np.testing.assert_allclose(
         target_shares(system.options, cluster_of([2, 2]), [0, 1, 2, 3]), target_shares(Options(), CLUSTER, [0, 1, 2, 3])
     )
-    assert "of 4 ranks, cluster ad_hoc has 8" in system.refusals(SPEC, cluster_of([2, 4]))[0]
+    assert "is of 4 ranks, cluster ad_hoc has 8" in system.refusals(SPEC, cluster_of([2, 4]))[0]
+
+
+def test_an_asymmetric_cluster_is_a_file_and_a_tree(tmp_path: Path) -> None:
+    file, tree = tmp_path / "topology.txt", [[2, 2], [2]]
+    noise_PP = 1 + 0.01 * np.random.default_rng(0).random((6, 6))
+    np.savetxt(file, np.choose(tree_levels(tree), [0.1, 1.0, 3.0, 9.0]) * noise_PP)
+    system = TAMoE({"topology": str(file), "tree": tree})
+    assert system.refusals(SPEC, cluster_of([6])) == []
+    shares_PP = target_shares(system.options, cluster_of([6]), list(range(6)))
+    np.testing.assert_allclose(shares_PP.sum(0), 1, rtol=1e-9)
+    assert shares_PP[0, 1] > 2 * shares_PP[0, 2] > 4 * shares_PP[0, 4]
+    assert "has 6 ranks, cluster ad_hoc 4" in TAMoE({"tree": tree}).refusals(SPEC, cluster_of([4]))[0]
+    assert "needs a topology" in TAMoE({"tree": tree}).refusals(SPEC, cluster_of([6]))[0]
+    for wrong in ([], [0], [[2], "x"], [2, []]):
+        with pytest.raises(ValueError, match=r"nested lists|at least 1 item"):
+            Options(tree=wrong)
 
 
 @pytest.fixture(scope="module")
@@ -219,7 +236,7 @@ def last(facts: list[dict[str, Any]], name: str) -> list[float]:
     return [rank["far_shares"][name][-1] for rank in facts]
 
 
-@pytest.mark.parametrize("name", ["bias", "local"])
+@pytest.mark.parametrize("name", ["bias", "local", "softmax"])
 def test_locality_emerges_with_gate_state_of_a_ranks_own(name: str, facts: list[dict[str, Any]]) -> None:
     assert all(rank["far_shares"][name][0] > 0.35 for rank in facts)
     assert all(share < 0.25 for share in last(facts, name))
@@ -237,6 +254,21 @@ def test_averaging_erases_the_locality_that_was_learned(facts: list[dict[str, An
     for rank in facts:
         shares = rank["far_shares"]["averaged"]
         assert shares[9] < 0.2 < 0.4 < shares[10], "before and after the average"
+
+
+def test_on_one_level_every_kind_of_gate_trains_as_flat_does(facts: list[dict[str, Any]]) -> None:
+    for rank in facts:
+        assert rank["one level"] == {"bias": 0.0, "local": 0.0, "synchronised": 0.0}
+
+
+def test_local_gradients_are_of_the_mean_loss_and_count_in_the_norm(facts: list[dict[str, Any]]) -> None:
+    records = [rank["local gradient"] for rank in facts]
+    norm = (records[0]["gate_square"] + sum(record["square"] for record in records)) ** 0.5
+    for record in records:
+        assert record["after"] == pytest.approx([grad / 4 for grad in record["before"]])
+        assert record["norm"] == pytest.approx(norm)
+        assert record["clipped"] == pytest.approx(record["square"] ** 0.5 * 1e-4 / norm, rel=1e-2)
+    assert len({tuple(record["after"]) for record in records}) == 4, "not reduced"
 
 
 def test_slots_with_room_for_all_give_what_exact_rows_give(facts: list[dict[str, Any]]) -> None:
@@ -261,3 +293,6 @@ def test_checkpoints_keep_what_is_a_ranks_own(facts: list[dict[str, Any]]) -> No
         assert record["saved"] == index + 1
         assert record["loaded"] == [index + 1.0] * 8
         assert record["from_flat"] == [7.0] * 8, "a checkpoint without one leaves it alone"
+        assert record["other_shape"] == [0.0] * 8, "it was learned for other neighbours"
+        assert record["local_gate"] == index + 1
+        assert record["local_gate_in_flat"] == pytest.approx(2.5), "the mean over ranks, whoever else loads it"

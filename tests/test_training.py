@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from baselines.flat import Flat
 from experiments import callbacks, cells, strategy
 from experiments.callbacks import Recorder
 from experiments.cells import run_cells, run_dir_of
@@ -45,6 +46,28 @@ def test_every_metric_of_a_run(config: Configure) -> None:
     assert by_step(run_dir, "tokens_per_s") == {step: tokens / time_s for step, time_s in times.items()}
     assert by_step(run_dir, "loss")[0] == pytest.approx(np.log(run.model.vocab_size), rel=0.05)
     assert by_step(run_dir, "val_loss")[6] < by_step(run_dir, "loss")[0]
+
+
+def test_copies_are_recorded_by_rank_and_distance(config: Configure) -> None:
+    run_dir = train(config())
+    shares = [row.value for row in run_dir.read_metrics() if (row.metric, row.part) == ("routed_share", "self")]
+    assert shares == [1.0] * 6, "one rank keeps all"
+    routing = run_dir.read_routing()
+    assert routing is not None and routing["dispatch_counts"].shape == (6, 2, 1, 4)
+
+
+def test_counts_that_grow_too_large_are_thinned(config: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(callbacks, "MAX_COUNTS_BYTES", 3 * 2 * 4 * 4)  # three steps of two layers of four int32
+    routing = train(config()).read_routing()
+    assert routing is not None
+    assert routing["steps"].tolist() == [3, 5] and len(routing["dispatch_counts"]) == 2
+
+
+def test_the_system_is_told_after_every_step(config: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[int] = []
+    monkeypatch.setattr(Flat, "after_step", lambda _self, _model, _optimizer, steps_done: told.append(steps_done))
+    train(config())
+    assert told == [1, 2, 3, 4, 5, 6]
 
 
 def test_the_learning_rate_that_is_recorded_is_the_one_that_was_used(

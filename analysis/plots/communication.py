@@ -60,7 +60,8 @@ def communication_figure(comparison: Comparison) -> Figure:
         figure,
         "Forward and backward, summed over layers: medians over rounds of the slowest rank with 95 % bootstrap "
         "intervals, from rounds of their own under the stage clock. A rank that waits for another one waits in "
-        "communication. Some gates also lay out slots, and that time stands under computation.",
+        "communication. Some gates also lay out slots, and that time stands under computation, as does the exchange "
+        "that a schedule hides under its experts (fastermoe).",
         timed(comparison),
         where(comparison),
     )

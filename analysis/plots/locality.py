@@ -61,7 +61,7 @@ def locality_figure(comparison: Comparison, routings: Mapping[tuple[str, int | N
         handles.append(Line2D([], [], color=GREY, linestyle=_TARGET_DASHES, linewidth=0.8))
         labels.append("target, in its system's colour (modelled)")
     num_ranks = next((routing.num_ranks for routing in routings.values()), 0)
-    if num_ranks >= size > 1:
+    if num_ranks > size:
         axes.axhline(size / num_ranks, zorder=1, **EVEN)
         handles.append(Line2D([], [], **EVEN))
         labels.append("even dispatch (modelled)")
@@ -77,18 +77,23 @@ def locality_figure(comparison: Comparison, routings: Mapping[tuple[str, int | N
         reason = "no run recorded the metric routed_share"
         axes.text(0.5, 0.5, reason, transform=axes.transAxes, ha="center", va="center", color=GREY)
     axes.set_xlabel("step")
-    axes.set_ylabel(f"copies inside {names[-1]}")
+    axes.set_ylabel(f"copies inside {names[-1]}" if size > 1 else "copies that stay on their rank")
     panel(axes, "Locality", comparison.kind, grid="y")
     count = len(comparison.run_seeds)
     caption(
         figure,
-        f"Share of all ranks' token copies whose expert lies in the group of {size} ranks ({' + '.join(names)}) of the "
-        "token's own rank, all layers together, before any drop.",
+        f"Share of all ranks' token copies whose expert lies {_place(size, names)}, all layers together, before drops.",
         f"Lines: mean of {count} seeds, each seed thin." if count > 1 else "",
         f"Not recorded: {', '.join(missing)}." if missing and drawn else "",
         where(comparison),
     )
     return figure
+
+
+def _place(size: int, names: list[str]) -> str:
+    if size == 1:
+        return "on the token's own rank"
+    return f"in the group of {size} ranks ({' + '.join(names)}) of the token's own rank"
 
 
 def _group(comparison: Comparison) -> tuple[int, list[str]]:
