@@ -52,7 +52,8 @@ def link_bytes_per_s(cluster: Cluster, link: Link) -> float:
     Raises:
         ValueError: that level has no cost, or a cost of 0.
     """
-    above = cluster.levels[link.level + 1]
+    # A level of one group below has no link of its own: what leaves it is the next one's.
+    above = next(level for level in cluster.levels[link.level + 1 :] if level.fanout > 1)
     if not above.beta_s_per_byte:
         raise ValueError(f"level {above.name} of cluster {cluster.name} has no beta_s_per_byte; measure or declare it")
     return cluster.group_size(link.level) / above.beta_s_per_byte

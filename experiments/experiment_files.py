@@ -19,13 +19,16 @@ def foreign_keys(path: Path, kind: Kind) -> list[str]:
         kind: the entry point.
 
     Returns:
-        Top-level keys and groups, each once, in the order of the file.
+        Top-level keys and groups, each once, in the order of the file; those of experiments that it builds on first.
     """
     content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     chosen = [key for item in content.get("defaults", []) if isinstance(item, dict) for key in item]
     groups = [key.removeprefix("override ").strip().lstrip("/").partition("/")[0] for key in chosen]
+    built_on = [item for item in content.get("defaults", []) if isinstance(item, str) and item != "_self_"]
+    inherited = [key for name in built_on for key in foreign_keys(path.with_name(f"{name}.yaml"), kind)]
     keys = [*groups, *(key for key in content if key != "defaults")]
-    return [key for key in dict.fromkeys(keys) if key != "hydra" and key not in SCHEMAS[kind].model_fields]
+    own = [key for key in keys if key != "hydra" and key not in SCHEMAS[kind].model_fields]
+    return list(dict.fromkeys([*inherited, *own]))
 
 
 def experiments_for(kind: Kind, folder: Path) -> list[str]:
