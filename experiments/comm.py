@@ -34,6 +34,9 @@ from moe.topology import Cluster
 
 COLLECTIVE_TIMEOUT_S = 600.0
 LOW_R2 = 0.8
+SPLIT_KEYS = ("sockets_per_thread", "socket_threads")
+"""Keys of a cluster that only split hosts list."""
+
 DIGITS = 5
 """Significant digits of what is written: far more than a measurement has."""
 
@@ -138,6 +141,8 @@ def cluster_yaml(cluster: ClusterConfig, name: str, costs: dict[str, AlphaBeta],
     content = {**cluster.model_dump(mode="json"), "name": name, "local_copy": _numbers(costs["self"])}
     content["levels"] = [{**level, **_numbers(costs.get(level["name"]))} for level in content["levels"]]
     ClusterConfig.model_validate(content)
+    if cluster.launch != "split":
+        content = {key: value for key, value in content.items() if key not in SPLIT_KEYS}
     lines = _header(run)
     for key, value in content.items():
         if key == "levels":

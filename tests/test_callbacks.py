@@ -41,11 +41,13 @@ def test_what_the_ranks_say_is_put_together(config: Configure, tmp_path: Path) -
         ("step_time", ""): 4.0,
         ("tokens_per_s", ""): tokens / 4.0,
         ("harness_time", ""): 0.3,
+        ("routed_share", "self"): 0.5,  # 10 and 40 of 100 copies stay on their rank
+        ("routed_share", "node"): 0.5,
         ("bytes", "node/alltoall"): 96.0,
         ("bytes", "node/reduction"): 16.0,
     }
     assert {row.step for row in recorder.rows} == {8}
-    assert [counts.tolist() for counts in recorder.counts] == [[[40, 60]]]
+    assert [counts.tolist() for counts in recorder.counts] == [[[[10, 20], [30, 40]]]]
 
 
 class Clock:

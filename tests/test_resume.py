@@ -142,7 +142,7 @@ def test_a_run_that_is_killed_says_so_and_keeps_its_last_checkpoint(story: Story
 def test_a_run_that_was_killed_ends_like_one_that_was_not(story: Story) -> None:
     assert_same_run(story.killed, story.runs["flat"])
     metrics = {row.metric for row in repeatable(story.runs["flat"])}
-    exact = {"loss", "val_loss", "aux_loss", "grad_norm", "bytes", "dropped_copies", "learning_rate"}
+    exact = {"loss", "val_loss", "aux_loss", "grad_norm", "bytes", "dropped_copies", "learning_rate", "routed_share"}
     assert metrics == exact
     assert {row.part for row in repeatable(story.runs["flat"]) if row.metric == "bytes"} >= {"network/alltoall"}
 
