@@ -12,7 +12,6 @@ Dimensions: T tokens of a rank, K choices, M model, E experts, P ranks of the ex
 from __future__ import annotations
 
 import math
-from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -127,15 +126,9 @@ class StaticCapacities:
         per_token_PE = spec.capacity_factor * spec.top_k / num_local * shares_PP.repeat(num_local, axis=1)
         self.per_token_PE = torch.from_numpy(per_token_PE)
 
-    @cache  # noqa: B019  # lives as long as its layer; a run has few numbers of tokens
     def __call__(self, num_tokens: int) -> Tensor:
         """[P, E] int64 for T tokens a rank."""
         return (num_tokens * self.per_token_PE).round(decimals=6).ceil().clamp(1, max(1, num_tokens)).long()
-
-    @cache  # noqa: B019  # likewise
-    def of_rank(self, rank: int, num_tokens: int, device: torch.device) -> Tensor:
-        """[E] int64, the rank's row there."""
-        return self(num_tokens)[rank].to(device)
 
 
 class TopologyGate(TopKGate):
@@ -162,6 +155,7 @@ class TopologyGate(TopKGate):
         super().__init__(spec, mesh.device)
         self.mesh, self.capacities, self.bias_scale = mesh, capacities, bias_scale
         self.penalty_E = penalty_E
+        self._slots_E: dict[int, Tensor] = {}  # by number of tokens, of which a run has few
         self.bias_E = nn.Parameter(torch.zeros(spec.num_experts, device=mesh.device)) if own_bias else None
 
     @property
@@ -186,8 +180,10 @@ class TopologyGate(TopKGate):
         """In DeepSpeed mode as many copies as this rank has slots for the expert, else as `TopKGate.keep`."""
         if self.capacities is None:
             return super().keep(expert_ids_TK)
-        slots_E = self.capacities.of_rank(self.mesh.ep_rank, len(expert_ids_TK), expert_ids_TK.device)
-        return queue_positions(expert_ids_TK, self.spec.num_experts) < slots_E[expert_ids_TK]
+        num_tokens = len(expert_ids_TK)
+        if num_tokens not in self._slots_E:
+            self._slots_E[num_tokens] = self.capacities(num_tokens)[self.mesh.ep_rank].to(expert_ids_TK.device)
+        return queue_positions(expert_ids_TK, self.spec.num_experts) < self._slots_E[num_tokens][expert_ids_TK]
 
 
 class TopologyAwareMoE(NativeMoE):
