@@ -12,7 +12,7 @@ from pathlib import Path
 import pandas as pd
 
 from analysis.comparison import compare
-from analysis.errors import ResultsError
+from analysis.errors import ResultsError, exit_code
 from analysis.files import write_text
 from analysis.plots.bytes import bytes_figure
 from analysis.plots.loss import loss_figure
@@ -104,18 +104,14 @@ def _index(out_dir: Path, run_dirs: Sequence[Path], samples_dir: Path | None, ba
     return json.dumps(index, indent=2) + "\n"
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line: 0 when tables and figures were written, 2 with a sentence on stderr when they could not be."""
+@exit_code
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Command line, with its exit code."""
     parser = argparse.ArgumentParser(prog="python -m analysis.compare", description=__doc__)
     parser.add_argument("folder", type=Path, help="folder with compare.json, such as outputs/compare")
     folder = parser.parse_args(arguments).folder
-    try:
-        print(format_table(regenerate(folder)), end="")
-    except ResultsError as error:
-        print(error, file=sys.stderr)
-        return 2
+    print(format_table(regenerate(folder)), end="")
     print(f"\nwritten: {folder}/summary.csv, summary.md and {', '.join(FIGURES)} as PNG and PDF")
-    return 0
 
 
 if __name__ == "__main__":

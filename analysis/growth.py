@@ -15,7 +15,7 @@ from typing import Any
 
 import pandas as pd
 
-from analysis.errors import ResultsError
+from analysis.errors import ResultsError, exit_code
 from analysis.files import write_text
 from analysis.load import Samples, load_samples
 from analysis.machine import machine_of
@@ -143,18 +143,14 @@ def format_growth(growth: pd.DataFrame) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line: 0 when table and figure were written, 2 with a sentence on stderr when they could not be."""
+@exit_code
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Command line, with its exit code."""
     parser = argparse.ArgumentParser(prog="python -m analysis.growth", description=__doc__)
     parser.add_argument("folder", type=Path, help="folder with samples.parquet, such as outputs/layer-...")
     folder = parser.parse_args(arguments).folder
-    try:
-        print(format_growth(write_growth(folder)), end="")
-    except ResultsError as error:
-        print(error, file=sys.stderr)
-        return 2
+    print(format_growth(write_growth(folder)), end="")
     print(f"written: {folder}/growth.csv, growth.png and growth.pdf")
-    return 0
 
 
 if __name__ == "__main__":

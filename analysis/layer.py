@@ -13,7 +13,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from analysis.errors import ResultsError
+from analysis.errors import ResultsError, exit_code
 from analysis.files import write_text
 from analysis.kernels import write_kernels
 from analysis.load import Samples, load_samples
@@ -206,18 +206,14 @@ def stages_figure(samples: Samples, summary: pd.DataFrame, where: str) -> Figure
     return figure
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line: 0 when table and figure were written, 2 with a sentence on stderr when they could not be."""
+@exit_code
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Command line, with its exit code."""
     parser = argparse.ArgumentParser(prog="python -m analysis.layer", description=__doc__)
     parser.add_argument("folder", type=Path, help="folder with samples.parquet, such as outputs/layer-...")
     parser.add_argument("--baseline", default="flat", help="system that ratios refer to")
     options = parser.parse_args(arguments)
-    try:
-        print(format_table(write_layer(options.folder, options.baseline)), end="")
-    except ResultsError as error:
-        print(error, file=sys.stderr)
-        return 2
-    return 0
+    print(format_table(write_layer(options.folder, options.baseline)), end="")
 
 
 if __name__ == "__main__":

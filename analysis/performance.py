@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from analysis.errors import ResultsError
+from analysis.errors import ResultsError, exit_code
 from analysis.files import write_text
 from analysis.load import Samples, load_samples
 from analysis.machine import machine_of
@@ -180,22 +180,18 @@ def write_block(readme: Path, folders: Sequence[Path]) -> None:
     write_text(readme, BLOCK.sub(lambda _found: block, text))
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line: 0 when the table was printed or written, 2 with a sentence on stderr when it could not be."""
+@exit_code
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Command line, with its exit code."""
     parser = argparse.ArgumentParser(prog="python -m analysis.performance", description=__doc__)
     parser.add_argument("folders", type=Path, nargs="+", help="folders with samples.parquet, such as results/h200x2")
     parser.add_argument("--write", type=Path, metavar="README.md", help="replace the table in this file")
     options = parser.parse_args(arguments)
-    try:
-        if options.write is not None:
-            write_block(options.write, options.folders)
-            print(f"written: {options.write}")
-        else:
-            print(performance_block(options.folders, Path.cwd()))
-    except ResultsError as error:
-        print(error, file=sys.stderr)
-        return 2
-    return 0
+    if options.write is not None:
+        write_block(options.write, options.folders)
+        print(f"written: {options.write}")
+    else:
+        print(performance_block(options.folders, Path.cwd()))
 
 
 if __name__ == "__main__":

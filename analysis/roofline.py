@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from analysis.errors import ResultsError
+from analysis.errors import ResultsError, exit_code
 from analysis.plots.roofline import COLUMNS, roofline_figure
 from analysis.style import save, suite_style
 
@@ -67,19 +67,15 @@ def read_roofline(table_path: Path) -> pd.DataFrame:
     return table
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line: 0 when the figure was written, 2 with a sentence on stderr when it could not be."""
+@exit_code
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Command line, with its exit code."""
     parser = argparse.ArgumentParser(prog="python -m analysis.roofline", description=__doc__)
     parser.add_argument("table", type=Path, help="CSV of points and curves")
     parser.add_argument("--where", default="", help="sentence on the hardware, for the caption")
     given = parser.parse_args(arguments)
-    try:
-        write_roofline(given.table, given.where)
-    except ResultsError as error:
-        print(error, file=sys.stderr)
-        return 2
+    write_roofline(given.table, given.where)
     print(f"written: {given.table.with_suffix('.png')} and {given.table.with_suffix('.pdf')}")
-    return 0
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import pandas as pd
 
 from analysis.compare import read_index
 from analysis.comparison import Comparison, compare
-from analysis.errors import ResultsError
+from analysis.errors import ResultsError, exit_code
 from analysis.files import write_text
 from analysis.load import load_run
 from analysis.plots.rows import where
@@ -132,21 +132,17 @@ def format_speedups(table: pd.DataFrame) -> str:
     return aligned(pd.DataFrame(cells)) + "\n"
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line: 0 when table and figure were written, 2 with a sentence on stderr when they could not be."""
+@exit_code
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Command line, with its exit code."""
     parser = argparse.ArgumentParser(prog="python -m analysis.speedups", description=__doc__)
     parser.add_argument("folders", type=Path, nargs="+", help="folders with compare.json, one for each size")
     parser.add_argument("--baseline", default="deepspeed", help="system that ratios refer to (default: deepspeed)")
     parser.add_argument("--out", type=Path, help="folder to write to (default: the first folder)")
     given = parser.parse_args(arguments)
     out_dir = given.out or given.folders[0]
-    try:
-        print(format_speedups(write_speedups(given.folders, given.baseline, out_dir)), end="")
-    except ResultsError as error:
-        print(error, file=sys.stderr)
-        return 2
+    print(format_speedups(write_speedups(given.folders, given.baseline, out_dir)), end="")
     print(f"\nwritten: {out_dir}/speedups.csv, speedups.png and speedups.pdf")
-    return 0
 
 
 if __name__ == "__main__":

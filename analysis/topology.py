@@ -17,7 +17,7 @@ import pandas as pd
 
 from analysis.compare import read_index
 from analysis.comparison import Comparison, compare
-from analysis.errors import ResultsError
+from analysis.errors import ResultsError, exit_code
 from analysis.files import write_text
 from analysis.plots.communication import communication_figure
 from analysis.plots.dispatch import dispatch_figure
@@ -90,22 +90,18 @@ def told_steps(routings: Routings) -> str:
     return "the last tenth of the logged steps (" + ", ".join(f"{first} to {last}" for first, last in spans) + ")"
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line: 0 when table and figures were written, 2 with a sentence on stderr when they could not be."""
+@exit_code
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Command line, with its exit code."""
     parser = argparse.ArgumentParser(prog="python -m analysis.topology", description=__doc__)
     parser.add_argument("folder", type=Path, help="folder with compare.json, such as outputs/compare")
     parser.add_argument("--baseline", help="system that ratios refer to; else that of the comparison")
     given = parser.parse_args(arguments)
-    try:
-        report = write_topology(given.folder, given.baseline)
-    except ResultsError as error:
-        print(error, file=sys.stderr)
-        return 2
+    report = write_topology(given.folder, given.baseline)
     print(report.text, end="")
     for note in report.notes:
         print(note)
     print(f"\nwritten: {given.folder}/model.csv and {', '.join(FIGURES)} as PNG and PDF")
-    return 0
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import pandas as pd
 
 from analysis.compare import read_index
 from analysis.comparison import Comparison, compare
-from analysis.errors import ResultsError
+from analysis.errors import ResultsError, exit_code
 from analysis.files import write_text
 from analysis.load import Run
 from analysis.pair_costs import row_bytes
@@ -109,8 +109,9 @@ def write(folder: Path, flops_per_s: float) -> list[str]:
     return notes
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line: 0 when the figure was written, 2 with a sentence on stderr when it could not be."""
+@exit_code
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Command line, with its exit code."""
     parser = argparse.ArgumentParser(prog="python -m experiments.roofline", description=__doc__)
     parser.add_argument("folder", type=Path, help="folder with compare.json, such as outputs/compare")
     parser.add_argument(
@@ -119,15 +120,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     if not (np.isfinite(given.flops_per_s) and given.flops_per_s > 0):
         parser.error(f"--flops-per-s={given.flops_per_s}: must be a positive number, such as 2e10")
-    try:
-        notes = write(given.folder, given.flops_per_s)
-    except ResultsError as error:
-        print(error, file=sys.stderr)
-        return 2
+    notes = write(given.folder, given.flops_per_s)
     for note in notes:
         print(note)
     print(f"written: {given.folder}/roofline.csv, .png and .pdf")
-    return 0
 
 
 if __name__ == "__main__":
