@@ -28,15 +28,13 @@ from experiments.config import COSMETIC, ClusterConfig, CommRunConfig, cluster_f
 from experiments.launch import is_main_process
 from experiments.results import atomic_write, write_table
 from experiments.samples import footer_of
+from experiments.split import SPLIT_KEYS
 from moe.costs import AlphaBeta, fit_alpha_beta, slowest_pair_s
 from moe.errors import ConfigError, Problem
 from moe.topology import Cluster
 
 COLLECTIVE_TIMEOUT_S = 600.0
 LOW_R2 = 0.8
-SPLIT_KEYS = ("sockets_per_thread", "socket_threads")
-"""Keys of a cluster that only split hosts list."""
-
 DIGITS = 5
 """Significant digits of what is written: far more than a measurement has."""
 

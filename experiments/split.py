@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import os
 
+SPLIT_KEYS = ("sockets_per_thread", "socket_threads")
+"""Keys of a cluster that only split hosts list."""
+
 MAX_SOCKET_THREADS = 16
 MAX_SOCKETS = 64
 """Most that NCCL's socket transport takes (MAX_THREADS, MAX_SOCKETS in its net_socket.cc); beyond, it takes fewer than

@@ -232,7 +232,7 @@ def target_shares(options: Options, cluster: Cluster, ranks: list[int]) -> Matri
         ranks: of the expert-parallel group, in order.
     """
     if options.tree is None:
-        levels_PP = np.array([[cluster.level_of(a, b) for b in ranks] for a in ranks])
+        levels_PP = np.array(cluster.pair_levels(ranks))
     else:
         levels_PP = tree_levels(options.tree)[np.ix_(ranks, ranks)]
     apart = levels_PP[levels_PP > 0]

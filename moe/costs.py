@@ -95,7 +95,7 @@ def pair_costs(cluster: Cluster, ranks: Sequence[int]) -> tuple[Matrix, Matrix]:
     known = [AlphaBeta(*(math.nan if v is None else v for v in (x.alpha_s, x.beta_s_per_byte))) for x in cluster.levels]
     if math.isnan(known[0].beta_s_per_byte) and len(known) > 1:
         known[0] = next((known[i] for i in range(1, len(known)) if cluster.levels[i].fanout > 1), known[0])
-    levels_PP = np.array([[cluster.level_of(a, b) for b in ranks] for a in ranks])
+    levels_PP = np.array(cluster.pair_levels(ranks))
     alphas, betas = (np.array(values) for values in zip(*((c.alpha_s, c.beta_s_per_byte) for c in known), strict=True))
     return alphas[levels_PP], betas[levels_PP]
 

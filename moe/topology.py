@@ -68,6 +68,10 @@ class Cluster:
                 return level
         raise ValueError(f"ranks {rank_a} and {rank_b} are not both in a cluster of {self.world_size} ranks")
 
+    def pair_levels(self, ranks: Sequence[int]) -> list[list[int]]:
+        """[P, P], `level_of` every pair of P ranks."""
+        return [[self.level_of(a, b) for b in ranks] for a in ranks]
+
     def groups(self, level: int) -> list[list[int]]:
         """Ranks of every group of `level`, in order."""
         size = self.group_size(level)

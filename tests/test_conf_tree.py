@@ -25,6 +25,7 @@ from experiments.config import (
     load_layer,
 )
 from experiments.experiment_files import experiments_for
+from experiments.split import SPLIT_KEYS
 
 PRIMARY: dict[Kind, tuple[str, ...]] = {
     "train": ("system", "model", "data", "cluster", "trainer", "experiment"),
@@ -41,8 +42,6 @@ GROUPS: dict[str, type[BaseModel] | None] = {
     "workload": WorkloadConfig,
     "experiment": None,
 }
-SPLIT_KEYS = {"sockets_per_thread", "socket_threads"}
-"""Only a split host reads them, and only its files list them."""
 
 
 def choices(group: str, kind: Kind | None = None) -> list[str]:
@@ -120,7 +119,7 @@ def test_a_file_lists_every_key_of_its_group(group: str, choice: str) -> None:
     assert schema is not None
     content = read(group, choice)
     if "defaults" not in content:
-        elsewhere = SPLIT_KEYS if group == "cluster" and content["launch"] != "split" else set()
+        elsewhere = set(SPLIT_KEYS) if group == "cluster" and content["launch"] != "split" else set()
         assert set(content) == set(schema.model_fields) - elsewhere
 
 

@@ -14,7 +14,7 @@ def test_two_nodes_of_two() -> None:
     assert cluster.level_names == ["self", "node", "network"]
     assert cluster.world_size == 4
     assert [cluster.group_size(level) for level in range(3)] == [1, 2, 4]
-    assert [[cluster.level_of(a, b) for b in range(4)] for a in range(4)] == [
+    assert cluster.pair_levels(range(4)) == [
         [0, 1, 2, 2],
         [1, 0, 2, 2],
         [2, 2, 0, 1],
