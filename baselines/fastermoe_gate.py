@@ -76,7 +76,7 @@ class TopologyGate(TopKGate):
         self.register_buffer("remote_E", torch.tensor(is_remote, device=mesh.device), persistent=False)
 
     @property
-    def is_plain(self) -> bool:
+    def in_kernel(self) -> bool:
         """Never."""
         return False
 

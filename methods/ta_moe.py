@@ -25,7 +25,7 @@ from torch.optim import Optimizer
 from methods.ta_moe_target import Matrix, balanced, closed_form, penalties, smooth, tree_levels
 from moe.costs import pair_costs
 from moe.dispatch import Dispatcher
-from moe.gate import TopKGate, balance_loss, queue_positions
+from moe.gate import TopKGate, queue_positions
 from moe.layer import NativeMoE, default_dispatcher
 from moe.mesh import Mesh
 from moe.static_dispatch import StaticDispatcher
@@ -132,7 +132,11 @@ class StaticCapacities:
 
 
 class TopologyGate(TopKGate):
-    """The top-k gate whose balance loss is weighted by this rank's penalties.
+    """The top-k gate whose balance loss is weighted by this rank's penalties: E * sum_e p_e * f_e * m_e with penalties
+    p, shares of choices f, mean probabilities m.
+
+    Choices are counted as in `moe.gate.balance_loss`, which this is when all is equally dear (the released code counts
+    all K choices). The minimum under f = m and p proportional to 1 / c_hat is m proportional to c_hat.
 
     Args:
         spec: of the layer.
@@ -152,29 +156,14 @@ class TopologyGate(TopKGate):
         own_bias: bool,
         bias_scale: float,
     ) -> None:
-        super().__init__(spec, mesh.device)
+        super().__init__(spec, mesh.device, penalty_E)
         self.mesh, self.capacities, self.bias_scale = mesh, capacities, bias_scale
-        self.penalty_E = penalty_E
         self._slots_E: dict[int, Tensor] = {}  # by number of tokens, of which a run has few
         self.bias_E = nn.Parameter(torch.zeros(spec.num_experts, device=mesh.device)) if own_bias else None
 
-    @property
-    def is_plain(self) -> bool:
-        """Only where nothing is dearer than anything else."""
-        return self.penalty_E is None and self.bias_E is None
-
-    def logits(self, x_TM: Tensor) -> Tensor:
-        """As `TopKGate.logits`, with this rank's bias."""
-        logits_TE = super().logits(x_TM)
-        return logits_TE if self.bias_E is None else logits_TE + self.bias_scale * self.bias_E
-
-    def aux_loss(self, probs_TE: Tensor, expert_ids_TK: Tensor) -> Tensor:
-        """E * sum_e p_e * f_e * m_e with this rank's penalties p, shares of choices f, mean probabilities m.
-
-        Choices are counted as in `moe.gate.balance_loss`, which this is when all is equally dear (the released code
-        counts all K choices). The minimum under f = m and p proportional to 1 / c_hat is m proportional to c_hat.
-        """
-        return balance_loss(probs_TE, expert_ids_TK, self.penalty_E)
+    def bias(self) -> Tensor | None:
+        """[E] float32, this rank's own."""
+        return None if self.bias_E is None else self.bias_scale * self.bias_E.float()
 
     def keep(self, expert_ids_TK: Tensor) -> Tensor | None:
         """In DeepSpeed mode as many copies as this rank has slots for the expert, else as `TopKGate.keep`."""

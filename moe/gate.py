@@ -95,20 +95,25 @@ def queue_positions(expert_ids_TK: Tensor, num_experts: int) -> Tensor:
 
 
 class _Route(torch.autograd.Function):
-    """What `kernels.route` computes from tokens and the gate's matrix: probabilities [T, E], ids [T, K], weights
-    [T, K], counts [E] and the balance loss."""
+    """What `kernels.route` computes from tokens, the gate's matrix, its bias and penalty: probabilities [T, E], ids
+    [T, K], weights [T, K], counts [E] and the balance loss."""
 
     @staticmethod
-    def forward(ctx: Any, x_TM: Tensor, weight_EM: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def forward(
+        ctx: Any, x_TM: Tensor, weight_EM: Tensor, bias_E: Tensor | None, penalty_E: Tensor | None, top_k: int
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         x_TM, weight_EM = x_TM.contiguous(), weight_EM.contiguous()
-        probs_TE, ids_TK, weights_TK, counts_E, aux_loss, shares_E = ops.kernels().route(x_TM, weight_EM, top_k)
+        probs_TE, ids_TK, weights_TK, counts_E, aux_loss, shares_E = ops.kernels().route(
+            x_TM, weight_EM, top_k, bias_E, penalty_E
+        )
         ctx.save_for_backward(x_TM, weight_EM, probs_TE, ids_TK, shares_E)
+        ctx.has_bias = bias_E is not None
         ctx.mark_non_differentiable(ids_TK, counts_E)
         ctx.set_materialize_grads(False)
         return probs_TE, ids_TK, weights_TK, counts_E, aux_loss
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None, None, None]:
         x_TM, weight_EM, probs_TE, ids_TK, shares_E = ctx.saved_tensors
         grad_probs, _, grad_weights, _, grad_aux = grads
         if grad_weights is None:
@@ -118,7 +123,8 @@ class _Route(torch.autograd.Function):
         )
         num_experts = probs_TE.shape[1]
         grad_weight = _product(grad_logits.t(), x_TM).view(-1, num_experts, x_TM.shape[1]).sum(0)
-        return grad_logits[:, :num_experts] @ weight_EM.to(x_TM.dtype), grad_weight, None
+        grad_bias = grad_logits.sum(0, dtype=torch.float32).view(-1, num_experts).sum(0) if ctx.has_bias else None
+        return grad_logits[:, :num_experts] @ weight_EM.to(x_TM.dtype), grad_weight, grad_bias, None, None
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:
@@ -135,19 +141,20 @@ class TopKGate(nn.Module):
     Args:
         spec: of the layer.
         device: of the weight, [E, M] float32.
+        penalty_E: [E] float32, factors of the balance loss, see `balance_loss`; None for ones.
     """
 
-    def __init__(self, spec: LayerSpec, device: torch.device) -> None:
+    def __init__(self, spec: LayerSpec, device: torch.device, penalty_E: Tensor | None = None) -> None:
         super().__init__()
-        self.spec = spec
+        self.spec, self.penalty_E = spec, penalty_E
         self.weight = nn.Parameter(torch.empty(spec.num_experts, spec.model_dim, device=device))
 
     def forward(self, x_TM: Tensor) -> Routing:
         """Route tokens [T, M]."""
         spec = self.spec
-        if self.is_plain and ops.is_fast(x_TM) and len(x_TM) and spec.num_experts <= ops.MOST_EXPERTS:
+        if self.in_kernel and ops.is_fast(x_TM) and len(x_TM) and spec.num_experts <= ops.MOST_EXPERTS:
             probs_TE, expert_ids_TK, weights_TK, counts_E, aux_loss = _Route.apply(
-                x_TM, self.weight.float(), spec.top_k
+                x_TM, self.weight.float(), self.bias(), self.penalty_E, spec.top_k
             )
         else:
             probs_TE = self.logits(x_TM).softmax(1)
@@ -161,14 +168,19 @@ class TopKGate(nn.Module):
         return Routing(expert_ids_TK, weights_TK, kept_TK, probs_TE, counts_E, aux_loss)
 
     @property
-    def is_plain(self) -> bool:
+    def in_kernel(self) -> bool:
         """Whether the kernel that does `logits`, `choose` and `aux_loss` at once stands for them; a subclass that
         replaces one of them says False."""
         return True
 
     def logits(self, x_TM: Tensor) -> Tensor:
         """Of tokens [T, M] for all experts: [T, E] float32."""
-        return x_TM.float() @ self.weight.float().t()
+        logits_TE, bias_E = x_TM.float() @ self.weight.float().t(), self.bias()
+        return logits_TE if bias_E is None else logits_TE + bias_E
+
+    def bias(self) -> Tensor | None:
+        """[E] float32, added to every token's logits; None for none."""
+        return None
 
     def choose(self, probs_TE: Tensor) -> Tensor:
         """The K experts of each token, [T, K] int64, best first."""
@@ -176,7 +188,7 @@ class TopKGate(nn.Module):
 
     def aux_loss(self, probs_TE: Tensor, expert_ids_TK: Tensor) -> Tensor:
         """Scalar float32, see `balance_loss`."""
-        return balance_loss(probs_TE, expert_ids_TK)
+        return balance_loss(probs_TE, expert_ids_TK, self.penalty_E)
 
     def keep(self, expert_ids_TK: Tensor) -> Tensor | None:
         """Which copies are not dropped, [T, K] bool; None when nothing is."""

@@ -42,15 +42,15 @@ KERNELS: list[tuple[str, Any, list[str], dict[str, Any], int]] = [
     (
         "route",
         ROUTE._route,
-        [BF16, FLOAT, FLOAT, LONG, FLOAT, FLOAT, "i32"],
-        {"E": 8, "K": 2, "M": 2048, "TOKENS": 64, "EXPERTS": 16, "CHOICES": 2, "WIDTH": 64, "BF16": True},
+        [BF16, FLOAT, FLOAT, FLOAT, LONG, FLOAT, FLOAT, "i32"],
+        {"E": 8, "K": 2, "M": 2048, "TOKENS": 64, "EXPERTS": 16, "CHOICES": 2, "WIDTH": 64, "BF16": True, "HAS_BIAS": True},
         4,
     ),
     (
         "route 256",
         ROUTE._route,
-        [BF16, FLOAT, FLOAT, LONG, FLOAT, FLOAT, "i32"],
-        {"E": 256, "K": 8, "M": 3584, "TOKENS": 32, "EXPERTS": 256, "CHOICES": 8, "WIDTH": 32, "BF16": True},
+        [BF16, FLOAT, FLOAT, FLOAT, LONG, FLOAT, FLOAT, "i32"],
+        {"E": 256, "K": 8, "M": 3584, "TOKENS": 32, "EXPERTS": 256, "CHOICES": 8, "WIDTH": 32, "BF16": True, "HAS_BIAS": False},
         8,
     ),
     (

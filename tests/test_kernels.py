@@ -115,13 +115,25 @@ def test_activations_and_their_gradients(fast: ModuleType, swiglu: bool) -> None
     torch.testing.assert_close(overwritten, hidden.grad, rtol=1e-5, atol=1e-5)
 
 
+class Biased(TopKGate):
+    """A gate with a bias."""
+
+    def __init__(self, spec: LayerSpec, device: torch.device) -> None:
+        super().__init__(spec, device, penalty_E=normal(spec.num_experts, seed=8).abs().to(device))
+        self.own_E = torch.nn.Parameter(normal(spec.num_experts, seed=9).to(device))
+
+    def bias(self) -> Tensor:
+        return 3 * self.own_E
+
+
+@pytest.mark.parametrize("kind", [TopKGate, Biased])
 @pytest.mark.parametrize(("num_experts", "top_k"), [(4, 1), (6, 2), (256, 8), (3, 3)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_gate_routes_as_on_the_torch_path(
-    on_kernels: None, monkeypatch: pytest.MonkeyPatch, num_experts: int, top_k: int, dtype: torch.dtype
+    on_kernels: None, monkeypatch: pytest.MonkeyPatch, num_experts: int, top_k: int, dtype: torch.dtype, kind: type[TopKGate]
 ) -> None:
     spec = LayerSpec(model_dim=32, hidden_dim=8, num_experts=num_experts, top_k=top_k)
-    gate = TopKGate(spec, torch.device(DEVICE))
+    gate = kind(spec, torch.device(DEVICE))
     with torch.no_grad():
         gate.weight.copy_(normal(num_experts, 32, seed=4))
     x = normal(29, 32, dtype=dtype, seed=5)
@@ -129,7 +141,7 @@ def test_the_gate_routes_as_on_the_torch_path(
 
     def observed() -> dict[str, Tensor]:
         tokens = x.clone().requires_grad_()
-        gate.weight.grad = None
+        gate.zero_grad()
         routing = gate(tokens)
         (
             (routing.weights_TK * grad_weights).sum() + (routing.probs_TE * grad_probs).sum() + routing.aux_loss
@@ -141,7 +153,7 @@ def test_the_gate_routes_as_on_the_torch_path(
             "counts": routing.counts_E,
             "aux": routing.aux_loss.detach(),
             "x": tokens.grad,
-            "gate": gate.weight.grad,
+            **{name: parameter.grad for name, parameter in gate.named_parameters()},
         }
 
     got = observed()
@@ -149,7 +161,8 @@ def test_the_gate_routes_as_on_the_torch_path(
     expected = observed()
     assert torch.equal(got["ids"], expected["ids"])
     assert torch.equal(got["counts"], expected["counts"])
-    for name in ("weights", "aux", "gate"):
+    assert got.keys() == expected.keys()
+    for name in got.keys() - {"ids", "counts", "x"}:
         torch.testing.assert_close(got[name], expected[name], rtol=1e-3, atol=2e-5)
     near: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2**-6, "atol": 2**-5}
     torch.testing.assert_close(got["x"], expected["x"], **near)

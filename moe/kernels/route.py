@@ -14,6 +14,7 @@ from moe.kernels.launch import launch
 def _route(
     tokens,
     gate,
+    bias,
     probs,
     ids,
     weights,
@@ -27,6 +28,7 @@ def _route(
     CHOICES: tl.constexpr,
     WIDTH: tl.constexpr,
     BF16: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
 ):
     block = tl.program_id(0)
     token = block.to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
@@ -44,6 +46,8 @@ def _route(
                 rest -= part.to(tl.float32)
         else:
             logit = tl.dot(x.to(tl.float32), rest, logit, input_precision="ieee")
+    if HAS_BIAS:
+        logit += tl.load(bias + expert, mask=expert < E, other=0.0)
     logit = tl.where(expert < E, logit, -float("inf"))
     e = tl.exp(logit - tl.max(logit, axis=1)[:, None])
     prob = e / tl.sum(e, axis=1)[:, None]
@@ -77,6 +81,7 @@ def _route(
 @triton.jit(do_not_specialize=["num_tokens", "num_blocks"])
 def _balance(
     sums,
+    penalty,
     counts_E,
     shares_E,
     aux_loss,
@@ -86,6 +91,7 @@ def _balance(
     K: tl.constexpr,
     BLOCKS: tl.constexpr,
     EXPERTS: tl.constexpr,
+    HAS_PENALTY: tl.constexpr,
 ):
     expert = tl.arange(0, EXPERTS)
     prob = tl.zeros([EXPERTS], tl.float32)
@@ -102,12 +108,16 @@ def _balance(
         share = first.to(tl.float32) / num_tokens
     else:
         share = count.to(tl.float32) / (num_tokens * K)
+    if HAS_PENALTY:
+        share *= tl.load(penalty + expert, mask=expert < E, other=0.0)
     tl.store(counts_E + expert, count.to(tl.int64), mask=expert < E)
     tl.store(shares_E + expert, share, mask=expert < E)
     tl.store(aux_loss, E * tl.sum(share * (prob / num_tokens), axis=0))
 
 
-def route(x_TM: Tensor, gate_EM: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def route(
+    x_TM: Tensor, gate_EM: Tensor, top_k: int, bias_E: Tensor | None = None, penalty_E: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Logits, softmax, the K largest (of equals the first), their weights (the probability for K = 1, else normalised),
     and the balance loss of `moe.gate.balance_loss`.
 
@@ -118,6 +128,8 @@ def route(x_TM: Tensor, gate_EM: Tensor, top_k: int) -> tuple[Tensor, Tensor, Te
         x_TM: [T, M], T > 0.
         gate_EM: [E, M] float32.
         top_k: K.
+        bias_E: [E] float32, added to the logits; None for none.
+        penalty_E: [E] float32, factors of the balance loss; None for ones.
 
     Returns:
         probs [T, E] float32, ids [T, K] int64, weights [T, K] float32, counts [E] int64 of the choices, the balance
@@ -136,9 +148,9 @@ def route(x_TM: Tensor, gate_EM: Tensor, top_k: int) -> tuple[Tensor, Tensor, Te
     launch(
         _route,
         (num_blocks,),
-        (x_TM, gate_EM, probs, ids, weights, sums),
+        (x_TM, gate_EM, gate_EM if bias_E is None else bias_E, probs, ids, weights, sums),
         (num_tokens,),
-        (num_experts, top_k, model_dim, tokens, experts, choices, width, on_tensor_cores),
+        (num_experts, top_k, model_dim, tokens, experts, choices, width, on_tensor_cores, bias_E is not None),
         num_warps=4 if experts <= 64 else 8,
     )
     counts_E = torch.empty(num_experts, dtype=torch.int64, device=device)
@@ -146,9 +158,9 @@ def route(x_TM: Tensor, gate_EM: Tensor, top_k: int) -> tuple[Tensor, Tensor, Te
     launch(
         _balance,
         (1,),
-        (sums, counts_E, shares_E, aux_loss),
+        (sums, sums if penalty_E is None else penalty_E, counts_E, shares_E, aux_loss),
         (num_tokens, num_blocks),
-        (num_experts, top_k, max(4, 8192 // experts), experts),
+        (num_experts, top_k, max(4, 8192 // experts), experts, penalty_E is not None),
         num_warps=8,
     )
     return probs, ids, weights, counts_E, aux_loss, shares_E
