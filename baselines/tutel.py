@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from baselines.replacing import replaced
+from baselines.tutel_2dh_exchange import node_size
 from moe import ops
 from moe.errors import Refused
 from moe.experts import feed_forward
@@ -39,7 +40,8 @@ class Options(BaseModel):
 
     Args:
         a2a_ffn_overlap_degree: parts that the slots are cut into, to overlap all-to-all and experts; CUDA only.
-        use_2dh: two-dimensional hierarchical all-to-all, between nodes and inside them.
+        use_2dh: two-dimensional hierarchical all-to-all, between nodes, then inside them; on a cluster of one level,
+            all ranks are one node.
         adaptive_r: 1 exchanges tokens; 0 gathers all experts' weights on every rank, and no token leaves it.
         batch_prioritized_routing: where copies drop, the tokens with the surest gate come first, not the first ones.
     """
@@ -88,9 +90,13 @@ class TutelLayer(MoELayer):
         overlaps = options.a2a_ffn_overlap_degree > 1
         if mesh.edp_size > 1 and (overlaps or options.use_2dh):
             raise Refused("Tutel's 2DH and overlap take all ranks for one expert-parallel group.")
+        self.options = options
         _prepare_upstream(mesh, "nccl_all_to_all_scatter_async" if overlaps else "inject_source")
-        from tutel.impls.communicate import RestoreBackward
+        from tutel.impls.communicate import PrimAllToAll2D, RestoreBackward
         from tutel.moe import moe_layer
+
+        # Upstream reads LOCAL_SIZE once a process, and this one may have run on other nodes.
+        PrimAllToAll2D.LOCAL_SIZE = node_size(mesh.cluster, mesh.world_size)
 
         class RestoreInGroup(RestoreBackward):
             """Gradients go back in the group; upstream's go through the default group, whatever group tokens took."""
@@ -155,6 +161,16 @@ class TutelLayer(MoELayer):
         """[E, M]."""
         return self.upstream.gates[0].wg.weight
 
+    @property
+    def path(self) -> str:
+        """With `use_2dh`, what upstream takes for nodes; else empty."""
+        if not self.options.use_2dh:
+            return ""
+        world_size, size = self.mesh.world_size, node_size(self.mesh.cluster, self.mesh.world_size)
+        return (
+            f"2DH all-to-all, {world_size // size} node{'s' * (world_size > size)} of {size}, between first, blocking"
+        )
+
     def expert_views(self) -> list[ExpertView]:
         """Views into the batched weights."""
         return self.experts.views()
@@ -200,7 +216,7 @@ class Tutel(System):
 def _prepare_upstream(mesh: Mesh, needed: str) -> None:
     """Set what upstream reads from the environment, and make sure that its CUDA parts were built."""
     os.environ.setdefault("NUMA_TYPE", "0")  # or its import binds this process to some cores, for other systems too
-    os.environ["LOCAL_SIZE"] = str(mesh.cluster.group_size(1))
+    os.environ["LOCAL_SIZE"] = str(node_size(mesh.cluster, mesh.world_size))
     import tutel_custom_kernel
 
     if mesh.device.type == "cuda" and not hasattr(tutel_custom_kernel, needed):

@@ -81,6 +81,7 @@ def save_checkpoint(path: Path, gpt: GPT, optimizer: Optimizer, state: dict[str,
         ResultsWriteError: it could not be written, the disk being full above all; no half of it is left.
     """
     temporary = path.with_name(f".{path.name}.tmp")
+    state = state | {"placements": {layer.spec.layer_index: layer.expert_of_slot for layer in gpt.moe_layers}}
     try:
         _save(path, temporary, _tensors(canonical_entries(gpt), optimizer, for_saving=True), state)
     except (Exception, dcp.CheckpointException) as error:
@@ -139,6 +140,9 @@ def load_checkpoint(path: Path, gpt: GPT, optimizer: Optimizer) -> dict[str, Any
     dist.broadcast_object_list(verdict, 0)
     if verdict[0]:
         raise _error(path, verdict[0])
+    state = torch.load(path / "trainer.pt", weights_only=True)
+    for layer in gpt.moe_layers:
+        layer.restore_placement(state.get("placements", {}).get(layer.spec.layer_index))
     try:
         saved = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
         entries = [entry for entry in canonical_entries(gpt) if not entry.local or entry.key in saved]
@@ -163,7 +167,7 @@ def load_checkpoint(path: Path, gpt: GPT, optimizer: Optimizer) -> dict[str, Any
         torch.set_rng_state(cpu)
         if gpu is not None and torch.cuda.is_initialized():
             torch.cuda.set_rng_state(gpu)
-    return torch.load(path / "trainer.pt", weights_only=True)
+    return state
 
 
 def _rng_state() -> tuple[Tensor, Tensor | None]:

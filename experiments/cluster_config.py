@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import os
 from math import prod
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationInfo,
+    field_validator,
+    model_serializer,
+)
 
 from experiments.join import ranks_here
 from experiments.split import MAX_SOCKET_THREADS, MAX_SOCKETS, socket_variables, split_emulation
-from moe.topology import Cluster, Level
+from moe.costs import AlphaBeta
+from moe.topology import Cluster, CollectiveCosts, Level
 
 STRICT = ConfigDict(extra="forbid", strict=True, frozen=True)
 
@@ -26,12 +35,29 @@ class LevelConfig(BaseModel):
     beta_s_per_byte: float | None = Field(default=None, ge=0, allow_inf_nan=False, description="null: not measured")
 
 
-class CopyConfig(BaseModel):
-    """A copy that leaves no device; n bytes cost alpha_s + n * beta_s_per_byte."""
+class CostConfig(BaseModel):
+    """n bytes cost alpha_s + n * beta_s_per_byte."""
 
     model_config = STRICT
     alpha_s: float = Field(ge=0, allow_inf_nan=False, examples=[1e-6], description="seconds")
     beta_s_per_byte: float = Field(ge=0, allow_inf_nan=False, examples=[1e-10])
+
+
+class CollectivesConfig(BaseModel):
+    """Even all-to-alls by bytes that a rank sends in all; of the D levels of more than one group the outermost is the
+    first (see `moe.topology.CollectiveCosts`)."""
+
+    model_config = STRICT
+    standard: CostConfig = Field(
+        examples=["{alpha_s: 1.0e-05, beta_s_per_byte: 1.0e-10}"], description="all ranks together"
+    )
+    inter: list[CostConfig] = Field(examples=["[]"], description="D - 1: ranks at equal places, across a level")
+    intra: list[CostConfig] = Field(examples=["[]"], description="D - 1: the ranks inside that level's parts")
+
+    def costs(self) -> CollectiveCosts:
+        """As the rest of the suite knows them."""
+        standard, *others = (AlphaBeta(c.alpha_s, c.beta_s_per_byte) for c in (self.standard, *self.inter, *self.intra))
+        return CollectiveCosts(standard, tuple(others[: len(self.inter)]), tuple(others[len(self.inter) :]))
 
 
 class ClusterConfig(BaseModel):
@@ -42,7 +68,10 @@ class ClusterConfig(BaseModel):
     levels: list[LevelConfig] | None = Field(
         default=None, description="innermost first; null: as launched, or as local GPUs"
     )
-    local_copy: CopyConfig | None = Field(default=None, description="the level `self`; null: not measured")
+    local_copy: CostConfig | None = Field(default=None, description="the level `self`; null: not measured")
+    collectives: CollectivesConfig | None = Field(
+        default=None, examples=["null"], description="as experiments.comm measures them; left out: not measured"
+    )
     launch: Literal["spawn", "netns", "join", "split"] = Field(
         "spawn", description="join: torchrun or srun must start the ranks; split: one host's GPUs as NCCL's nodes"
     )
@@ -57,6 +86,32 @@ class ClusterConfig(BaseModel):
     socket_threads: int | None = Field(
         default=None, ge=1, le=MAX_SOCKET_THREADS, examples=[4], description="split only; null: NCCL's default"
     )
+
+    @field_validator("collectives")
+    @classmethod
+    def _of_every_level(cls, value: CollectivesConfig | None, info: ValidationInfo) -> CollectivesConfig | None:
+        """One Inter and one Intra for every level but the innermost; levels with problems of their own tell theirs."""
+        if value is None or "levels" not in info.data:
+            return value
+        if info.data["levels"] is None:
+            raise ValueError("collectives are those of levels that are written out, and levels is null")
+        depth = sum(level.fanout > 1 for level in info.data["levels"])
+        if depth == 0:
+            raise ValueError("one rank has no collectives")
+        if (len(value.inter), len(value.intra)) != (depth - 1, depth - 1):
+            raise ValueError(
+                f"{depth} level{'s' * (depth > 1)} of more than one group need {depth - 1} costs each in inter and "
+                f"intra, not {len(value.inter)} and {len(value.intra)}: measure them with python -m experiments.comm"
+            )
+        return value
+
+    @model_serializer(mode="wrap")
+    def _as_if_unknown(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without collectives that nobody measured: such a cluster's runs keep the ids that they had before."""
+        content: dict[str, Any] = handler(self)
+        if content.get("collectives", ...) is None:
+            del content["collectives"]
+        return content
 
     @property
     def world_size(self) -> int:
@@ -107,4 +162,5 @@ def cluster_from(config: ClusterConfig) -> Cluster:
     above = [Level(level.name, level.fanout, level.alpha_s, level.beta_s_per_byte) for level in levels]
     copy = config.local_copy
     itself = Level("self", 1) if copy is None else Level("self", 1, copy.alpha_s, copy.beta_s_per_byte)
-    return Cluster(config.name, (itself, *above), config.emulation)
+    collectives = None if config.collectives is None else config.collectives.costs()
+    return Cluster(config.name, (itself, *above), config.emulation, collectives)

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -24,12 +23,13 @@ import yaml
 from experiments.bench_run import BenchRun
 from experiments.cli import hydra_main
 from experiments.comm_bench import CommRow
+from experiments.comm_fits import CollectiveFit, collective_fits, level_costs, medians
 from experiments.config import COSMETIC, ClusterConfig, CommRunConfig, cluster_from
 from experiments.launch import is_main_process
 from experiments.results import atomic_write, write_table
 from experiments.samples import footer_of
 from experiments.split import SPLIT_KEYS
-from moe.costs import AlphaBeta, fit_alpha_beta, slowest_pair_s
+from moe.costs import AlphaBeta, slowest_pair_s
 from moe.errors import ConfigError, Problem
 from moe.topology import Cluster
 
@@ -48,7 +48,10 @@ def main(config: CommRunConfig, overrides: list[str]) -> None:
     if run.must_run(config.force or not table.exists()):
         rows = run.launch("experiments.comm_bench:measure", {}, timeout_s=COLLECTIVE_TIMEOUT_S)
         if is_main_process():
-            footer = footer_of("measured", cluster_from(config.cluster), run_id=run.dir.path.name)
+            cluster = cluster_from(config.cluster)
+            fits = collective_fits([CommRow(*row) for row in rows], cluster)
+            told = [fit.told() for fit in fits]
+            footer = footer_of("measured", cluster, run_id=run.dir.path.name, collectives=told)
             write_table(table, CommRow, rows, footer)
             run.dir.set_status("done")
     if is_main_process():
@@ -56,38 +59,25 @@ def main(config: CommRunConfig, overrides: list[str]) -> None:
 
 
 def _report(config: CommRunConfig, run: BenchRun, rows: list[CommRow]) -> None:
-    costs = level_costs(rows)
-    written = [(run.dir.path / "cluster.yaml", cluster_yaml(config.cluster, config.cluster.name, costs, run))]
+    cluster, costs = cluster_from(config.cluster), level_costs(rows)
+    fits = collective_fits(rows, cluster)
+    own = cluster_yaml(config.cluster, config.cluster.name, costs, run, fits)
+    written = [(run.dir.path / "cluster.yaml", own)]
     if config.write_to is not None:
         target = Path(config.write_to).expanduser()
-        written.append((target, cluster_yaml(config.cluster, target.stem, costs, run)))
+        written.append((target, cluster_yaml(config.cluster, target.stem, costs, run, fits)))
     for path, text in written:
         with atomic_write(path) as file:
             file.write(text.encode())
-    print(format_costs(cluster_from(config.cluster), costs), end="")
+    print(format_costs(cluster, costs), end="")
     print(format_check(rows, costs), end="")
+    print(format_collectives(cluster, fits), end="")
     print(f"results: {', '.join(str(path) for path in (run.dir.path, *(path for path, _ in written[1:])))}", flush=True)
 
 
 def read_rows(table: Path) -> list[CommRow]:
     """The timings that a run wrote."""
     return [CommRow(**row) for row in pq.read_table(table, columns=list(CommRow._fields)).to_pylist()]
-
-
-def medians(rows: Sequence[CommRow], pattern: str, level: str) -> dict[int, float]:
-    """Median seconds by message size; empty when this pattern was not measured at this level."""
-    chosen = [row for row in rows if (row.pattern, row.level) == (pattern, level)]
-    sizes = sorted({row.size_bytes for row in chosen})
-    return {size: median(row.seconds for row in chosen if row.size_bytes == size) for size in sizes}
-
-
-def level_costs(rows: Sequence[CommRow]) -> dict[str, AlphaBeta]:
-    """The fitted cost of every level that was measured, `self` first, by name."""
-    costs = {}
-    for pattern, level in dict.fromkeys((row.pattern, row.level) for row in rows if row.pattern != "all_to_all"):
-        times = medians(rows, pattern, level)
-        costs[level] = fit_alpha_beta(list(times), list(times.values()))
-    return costs
 
 
 def format_costs(cluster: Cluster, costs: dict[str, AlphaBeta]) -> str:
@@ -102,13 +92,37 @@ def format_costs(cluster: Cluster, costs: dict[str, AlphaBeta]) -> str:
         if cost is None:
             lines.append(f"{line}{'-':>12}{'-':>15}{'-':>10}{'-':>9}")
             continue
-        beta = cost.beta_s_per_byte
-        lines.append(f"{line}{cost.alpha_s * 1e6:>12.2f}{beta * 1e9:>15.4g}{1e-9 / beta:>10.4g}{_rounded(cost.r2):>9}")
-    poor = [level for level, cost in costs.items() if cost.r2 is not None and cost.r2 < LOW_R2]
-    if poor:
-        fix = "more repeats against noise, sizes_bytes nearer to those in use against a bend (caches, a shaper's burst)"
-        lines.append(f"a line fits badly (r2 below {LOW_R2}): {', '.join(poor)}; {fix}")
+        lines.append(f"{line}{_cost_columns(cost)}")
+    lines += _poor([level for level, cost in costs.items() if cost.r2 is not None and cost.r2 < LOW_R2])
     return "\n".join(lines) + "\n"
+
+
+def format_collectives(cluster: Cluster, fits: Sequence[CollectiveFit]) -> str:
+    """The table of collectives, and a warning about fits that explain little; a sentence where they were not measured,
+    empty for one rank."""
+    if not fits:
+        told = "collectives: not fitted. Each needs two sizes_bytes above its number of ranks; timings of an earlier "
+        return f"{told}version lack them, force=true measures again\n" if cluster.crossed_levels else ""
+    lines = [
+        "collectives: even all-to-alls by the bytes that a rank sends in all, all groups at once:",
+        f"{'collective':<12}{'level':<12}{'ranks':>6}{'alpha us':>12}{'beta ns/byte':>15}{'GB/s':>10}{'r2':>9}",
+    ]
+    for collective, cost in fits:
+        name = f"{collective.name:<12}{collective.level or 'all':<12}{collective.num_ranks:>6}"
+        lines.append(f"{name}{_cost_columns(cost)}")
+    lines += _poor([collective.name for collective, cost in fits if cost.r2 is not None and cost.r2 < LOW_R2])
+    return "\n".join(lines) + "\n"
+
+
+def _cost_columns(cost: AlphaBeta) -> str:
+    beta = cost.beta_s_per_byte
+    return f"{cost.alpha_s * 1e6:>12.2f}{beta * 1e9:>15.4g}{1e-9 / beta:>10.4g}{_rounded(cost.r2):>9}"
+
+
+def _poor(names: list[str]) -> list[str]:
+    """A warning about fits that explain little, if there are any."""
+    fix = "more repeats against noise, sizes_bytes nearer to those in use against a bend (caches, a shaper's burst)"
+    return [f"a line fits badly (r2 below {LOW_R2}): {', '.join(names)}; {fix}"] if names else []
 
 
 def format_check(rows: Sequence[CommRow], costs: dict[str, AlphaBeta]) -> str:
@@ -127,18 +141,21 @@ def format_check(rows: Sequence[CommRow], costs: dict[str, AlphaBeta]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def cluster_yaml(cluster: ClusterConfig, name: str, costs: dict[str, AlphaBeta], run: BenchRun) -> str:
-    """A file of conf/cluster: the cluster that was measured, with the costs of its levels.
+def cluster_yaml(
+    cluster: ClusterConfig, name: str, costs: dict[str, AlphaBeta], run: BenchRun, fits: Sequence[CollectiveFit] = ()
+) -> str:
+    """A file of conf/cluster: the cluster that was measured, with the costs of its levels and collectives.
 
     Args:
         cluster: as it was measured, its levels and device settled.
         name: of the new file.
         costs: of its levels; one that is missing keeps null.
         run: says in the header when, by which command and on what it was measured.
+        fits: of its collectives, all or none.
     """
     content = {**cluster.model_dump(mode="json"), "name": name, "local_copy": _numbers(costs["self"])}
     content["levels"] = [{**level, **_numbers(costs.get(level["name"]))} for level in content["levels"]]
-    ClusterConfig.model_validate(content)
+    content.pop("collectives", None)  # of an earlier measurement
     if cluster.launch != "split":
         content = {key: value for key, value in content.items() if key not in SPLIT_KEYS}
     lines = _header(run)
@@ -146,10 +163,25 @@ def cluster_yaml(cluster: ClusterConfig, name: str, costs: dict[str, AlphaBeta],
         if key == "levels":
             lines += ["levels:", *(f"  - {_flow(level)}{_r2(costs.get(level['name']))}" for level in value)]
         elif key == "local_copy":
-            lines.append(f"local_copy: {_flow(value)}{_r2(costs['self'])}")
+            lines += [f"local_copy: {_flow(value)}{_r2(costs['self'])}", *_collective_lines(fits)]
         else:
             lines += yaml.safe_dump({key: value}, width=10_000, allow_unicode=True).splitlines()
+    ClusterConfig.model_validate(yaml.safe_load("\n".join(lines)))
     return "\n".join(lines) + "\n"
+
+
+def _collective_lines(fits: Sequence[CollectiveFit]) -> list[str]:
+    """The key `collectives`, with a comment on every fit; nothing without any."""
+    if not fits:
+        return []
+    (_, standard), *others = fits
+    lines = ["collectives:  # even all-to-alls by the bytes that a rank sends in all"]
+    lines.append(f"  standard: {_flow(_numbers(standard))}{_r2(standard)}")
+    for pattern in ("inter", "intra"):
+        own = [(collective, cost) for collective, cost in others if collective.pattern == pattern]
+        lines.append(f"  {pattern}:" + " []" * (not own))
+        lines += [f"    - {_flow(_numbers(cost))}{_r2(cost)}, level {collective.level}" for collective, cost in own]
+    return lines
 
 
 def _header(run: BenchRun) -> list[str]:
@@ -211,7 +243,9 @@ def _is_ours(target: Path, config: CommRunConfig, run: BenchRun, table: Path) ->
     status = run.dir.status()
     if status is None or status.status != "done" or not table.exists():
         return False
-    text = cluster_yaml(config.cluster, target.stem, level_costs(read_rows(table)), run)
+    rows = read_rows(table)
+    fits = collective_fits(rows, cluster_from(config.cluster))
+    text = cluster_yaml(config.cluster, target.stem, level_costs(rows), run, fits)
     return target.is_file() and target.read_bytes() == text.encode()
 
 

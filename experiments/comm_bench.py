@@ -13,9 +13,10 @@ import torch.distributed as dist
 from experiments.config import cluster_from, load_comm
 from experiments.ranks import RankInfo
 from experiments.timing import Step, interleave
+from moe.mesh import block_group, create_mesh
 from moe.topology import Cluster
 
-Pattern = Literal["copy", "exchange", "all_to_all"]
+Pattern = Literal["copy", "exchange", "all_to_all", "inter", "intra"]
 BYTES_PER_TIMING = 1 << 20
 MAX_MESSAGES_PER_TIMING = 16
 """A small message is sent several times in a row and the mean taken, so that the ranks' leaving the barrier at slightly
@@ -25,8 +26,9 @@ different times does not count as latency."""
 class CommRow(NamedTuple):
     """One timing: seconds of one message (of the slowest rank), the mean over the few that were sent in a row.
 
-    `pattern` is `copy` (level `self`), `exchange` (pairs of that level) or `all_to_all` (level empty: all of them);
-    `size_bytes` is what one rank sends to one other.
+    `pattern` is `copy` (level `self`), `exchange` (pairs of that level), or an even all-to-all: `all_to_all` (level
+    empty: all of them), `inter` (ranks at equal places, across that level) or `intra` (all ranks of one group of that
+    level); `size_bytes` is what one rank sends to one other.
     """
 
     pattern: str
@@ -34,6 +36,44 @@ class CommRow(NamedTuple):
     size_bytes: int
     repeat: int
     seconds: float
+
+
+class Collective(NamedTuple):
+    """An even all-to-all of a hierarchical dispatch, which all groups of ranks make at once.
+
+    Attributes:
+        name: `standard`, `Inter-1`, `Intra-1`, ...
+        pattern, level: see `CommRow`.
+        outer: consecutive ranks that it stays in.
+        inner: consecutive ranks of which one takes part, the one at the caller's place.
+    """
+
+    name: str
+    pattern: Pattern
+    level: str
+    outer: int
+    inner: int
+
+    @property
+    def num_ranks(self) -> int:
+        """Ranks that one of them joins."""
+        return self.outer // self.inner
+
+
+def collectives_to_measure(cluster: Cluster) -> list[Collective]:
+    """The 2 D - 1 collectives of D levels of more than one group (see `moe.topology.CollectiveCosts`); none for one
+    rank."""
+    crossed = cluster.crossed_levels[::-1]  # outermost first
+    if not crossed:
+        return []
+    found = [Collective("standard", "all_to_all", "", cluster.world_size, 1)]
+    for number, level in enumerate(crossed[:-1], 1):
+        size, name = cluster.group_size(level), cluster.levels[level].name
+        found.append(Collective(f"Inter-{number}", "inter", name, size, cluster.group_size(level - 1)))
+    for number, level in enumerate(crossed[1:], 1):
+        size, name = cluster.group_size(level), cluster.levels[level].name
+        found.append(Collective(f"Intra-{number}", "intra", name, size, 1))
+    return found
 
 
 @dataclass(frozen=True)
@@ -77,10 +117,10 @@ def measure(payload: dict[str, Any], info: RankInfo) -> list[list[Any]]:
 
 
 def build_cases(cluster: Cluster, sizes_bytes: Sequence[int], info: RankInfo) -> Iterator[Case]:
-    """Local copies, exchanges of every level that has pairs, and an even all-to-all over all ranks.
+    """Local copies, exchanges of every level that has pairs, and the even all-to-alls. Collective.
 
-    The all-to-all cuts a buffer of each size into one part for every rank (sizes below the number of ranks are left
-    out), so it needs no more memory than an exchange.
+    An all-to-all cuts a buffer of each size into one part for every rank that it joins (sizes below their number are
+    left out), so it needs no more memory than an exchange.
     """
     sent, received = torch.zeros(2, max(sizes_bytes), dtype=torch.uint8, device=info.device)
     for size in sizes_bytes:
@@ -93,10 +133,13 @@ def build_cases(cluster: Cluster, sizes_bytes: Sequence[int], info: RankInfo) ->
             yield Case(
                 "exchange", level.name, size, messages, _exchange(sent[:size], received[:size], rounds, messages)
             )
-    if info.world_size > 1:
-        for part in sorted({size // info.world_size for size in sizes_bytes} - {0}):
-            whole, messages = part * info.world_size, _messages(part)
-            yield Case("all_to_all", "", part, messages, _all_to_all(sent[:whole], received[:whole], messages))
+    mesh = create_mesh(cluster, info.device)
+    for collective in collectives_to_measure(cluster):
+        group = block_group(mesh, collective.outer, collective.inner)
+        for part in sorted({size // collective.num_ranks for size in sizes_bytes} - {0}):
+            whole, messages = part * collective.num_ranks, _messages(part)
+            step = _all_to_all(sent[:whole], received[:whole], messages, group)
+            yield Case(collective.pattern, collective.level, part, messages, step)
 
 
 def partners(cluster: Cluster, rank: int, level: int) -> list[tuple[int, int]]:
@@ -149,9 +192,9 @@ def _exchange(sent: torch.Tensor, received: torch.Tensor, rounds: list[tuple[int
     return step
 
 
-def _all_to_all(sent: torch.Tensor, received: torch.Tensor, messages: int) -> Step:
+def _all_to_all(sent: torch.Tensor, received: torch.Tensor, messages: int, group: dist.ProcessGroup) -> Step:
     def step() -> None:
         for _ in range(messages):
-            dist.all_to_all_single(received, sent)
+            dist.all_to_all_single(received, sent, group=group)
 
     return step

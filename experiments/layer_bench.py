@@ -235,6 +235,8 @@ def _observe(candidate: Candidate, case: Case, mesh: Mesh) -> None:
     writer, device = candidate.writer, mesh.device
     if candidate.layer.path:
         writer.add("path", [1], "1", candidate.layer.path)
+    for part, modelled_s in candidate.layer.modelled_dispatch_s.items():
+        writer.add("modelled_dispatch", [modelled_s], "s", part)
     meter = LinkMeter(mesh.cluster, mesh.rank)
     dropped: list[Tensor] = []
     handle = candidate.layer.register_forward_hook(lambda _m, _a, output: dropped.append(output.num_dropped))

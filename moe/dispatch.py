@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -120,7 +120,7 @@ class Dispatcher(ABC):
         path: for `MoELayer.path`.
     """
 
-    path: ClassVar[str] = "own dispatcher"
+    path: str = "own dispatcher"
 
     @abstractmethod
     def dispatch(self, x_TM: Tensor, routing: Routing) -> tuple[Tensor, Any]:

@@ -6,7 +6,7 @@ two inner matrices lie in one, w1 above w3, so that the rows are read once.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -31,7 +31,7 @@ def _matrices(spec: LayerSpec, *lead: int, device: torch.device) -> tuple[nn.Par
     return w_in, nn.Parameter(torch.empty(*lead, spec.model_dim, spec.hidden_dim, device=device))
 
 
-def _views(expert: int, slot: int | None, w_in: nn.Parameter, w_out: nn.Parameter) -> list[ExpertView]:
+def canonical_views(expert: int, slot: int | None, w_in: nn.Parameter, w_out: nn.Parameter) -> list[ExpertView]:
     """Canonical views of the expert at `slot` of such parameters; None where they hold one expert."""
     hidden_dim = w_out.shape[-1]
     views = [ExpertView(expert, "w1", w_in, partial(_canonical, slot, 0, hidden_dim))]
@@ -73,7 +73,7 @@ class ExpertFFN(nn.Module):
 
     def views(self, expert: int) -> list[ExpertView]:
         """Canonical views of this module's matrices, as global expert `expert`."""
-        return _views(expert, None, self.w_in, self.w_out)
+        return canonical_views(expert, None, self.w_in, self.w_out)
 
 
 class GroupedExperts(nn.Module):
@@ -85,7 +85,7 @@ class GroupedExperts(nn.Module):
         device: of the weights: w_in [L, H, M] (SwiGLU: [L, 2 H, M]) and w_out [L, M, H], float32.
     """
 
-    def __init__(self, spec: LayerSpec, experts: range, device: torch.device) -> None:
+    def __init__(self, spec: LayerSpec, experts: Sequence[int], device: torch.device) -> None:
         super().__init__()
         self.activation = spec.activation
         self.experts = experts
@@ -122,7 +122,9 @@ class GroupedExperts(nn.Module):
     def views(self) -> list[ExpertView]:
         """Canonical views, one per expert and matrix."""
         return [
-            view for slot, expert in enumerate(self.experts) for view in _views(expert, slot, self.w_in, self.w_out)
+            view
+            for slot, expert in enumerate(self.experts)
+            for view in canonical_views(expert, slot, self.w_in, self.w_out)
         ]
 
 

@@ -82,3 +82,29 @@ def create_mesh(cluster: Cluster, device: torch.device, ep_size: int | None = No
     edp_group = dist.new_subgroups_by_enumeration(edp_ranks)[0]
     assert ep_group is not None and edp_group is not None
     return Mesh(cluster, device, rank, ep_size, ep_group, edp_group)
+
+
+_BLOCK_GROUPS: dict[tuple[dist.ProcessGroup, int, int], dist.ProcessGroup] = {}
+
+
+def block_group(mesh: Mesh, outer: int, inner: int) -> dist.ProcessGroup:
+    """The ranks of this rank's block of `outer` that stand in their blocks of `inner` where it does, in order.
+
+    Made when first asked for, which is collective over all ranks of the run; then the same group again.
+
+    Args:
+        mesh: of the run.
+        outer: ranks of a block, dividing those of an expert-parallel group.
+        inner: ranks of the blocks that it consists of, dividing `outer`.
+    """
+    assert mesh.ep_size % outer == 0 and outer % inner == 0, (mesh.ep_size, outer, inner)
+    if (outer, inner) == (mesh.ep_size, 1):
+        return mesh.ep_group
+    key = (mesh.ep_group, outer, inner)  # a mesh's own, so that another run in this process makes others
+    if key not in _BLOCK_GROUPS:
+        starts = [block + place for block in range(0, mesh.world_size, outer) for place in range(inner)]
+        ranks = [list(range(start, start + outer, inner)) for start in starts]
+        group = dist.new_subgroups_by_enumeration(ranks)[0]
+        assert group is not None
+        _BLOCK_GROUPS[key] = group
+    return _BLOCK_GROUPS[key]

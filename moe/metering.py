@@ -139,7 +139,7 @@ def _bytes(tensor: Tensor) -> int:
 def _all_to_all_single(meter: LinkMeter, call: dict[str, Any]) -> None:
     data, group = call["input"], call.get("group")
     splits = call.get("input_split_sizes")
-    if not splits:
+    if splits is None or len(splits) == 0:
         size = meter._group_size(group)
         meter._send_splits([_bytes(data) // size] * size, group)
     else:

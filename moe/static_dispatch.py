@@ -51,6 +51,22 @@ class _Collect(torch.autograd.Function):
         return grads[0].new_zeros(ctx.num_slots, grads[0].shape[1]).index_copy_(0, slots_S, grads[0]), None
 
 
+def spread(rows_SM: Tensor, slots_S: Tensor, num_slots: int) -> Tensor:
+    """Rows [S, M] to their slots among [C, M] zeros; differentiable.
+
+    Args:
+        rows_SM: [S, M].
+        slots_S: [S] int64, each slot once at most.
+        num_slots: C.
+    """
+    return _Spread.apply(rows_SM, slots_S, num_slots)
+
+
+def collect(slots_CM: Tensor, slots_S: Tensor) -> Tensor:
+    """Slots [C, M] to the filled rows [S, M], the mirror of `spread`; differentiable."""
+    return _Collect.apply(slots_CM, slots_S)
+
+
 @dataclass(frozen=True)
 class Layout:
     """What the capacities alone determine.
@@ -121,7 +137,7 @@ class StaticDispatcher(Dispatcher):
         """As `Dispatcher.dispatch`."""
         plan = self._plan(routing)
         copies_SM = expand(x_TM, plan.order, plan.inverse_TK)
-        slots_CM = _Spread.apply(copies_SM, plan.slots_S, sum(plan.layout.send_slots))
+        slots_CM = spread(copies_SM, plan.slots_S, sum(plan.layout.send_slots))
         layout = plan.layout
         rows_RM = all_to_all_v(slots_CM, layout.receive_slots, layout.send_slots, self.mesh.ep_group)
         return permute(rows_RM, layout.expert_order, layout.expert_inverse), plan
@@ -131,7 +147,7 @@ class StaticDispatcher(Dispatcher):
         layout = plan.layout
         rows_RM = permute(rows_RM, layout.expert_inverse, layout.expert_order)
         slots_CM = all_to_all_v(rows_RM, layout.send_slots, layout.receive_slots, self.mesh.ep_group)
-        return weighted_sum(_Collect.apply(slots_CM, plan.slots_S), weights_TK, plan.order, plan.inverse_TK)
+        return weighted_sum(collect(slots_CM, plan.slots_S), weights_TK, plan.order, plan.inverse_TK)
 
     def _plan(self, routing: Routing) -> StaticPlan:
         ids_TK, num_experts = routing.expert_ids_TK, self.num_experts

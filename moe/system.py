@@ -146,9 +146,23 @@ class MoELayer(nn.Module, ABC):
         """Which of several implementations runs here, in a phrase for results; empty where there is one."""
         return ""
 
+    @property
+    def modelled_dispatch_s(self) -> dict[str, float]:
+        """Seconds of one dispatch by the system's own cost model, by the name of each alternative that it weighs."""
+        return {}
+
     def observations(self) -> dict[str, Tensor]:
         """Facts worth keeping beside a run's routing, by name; the same on all ranks."""
         return {}
+
+    @property
+    def expert_of_slot(self) -> list[int] | None:
+        """Where experts are that change places (see `moe.placement`); None where they stay."""
+        return None
+
+    def restore_placement(self, expert_of_slot: list[int] | None) -> None:
+        """Take the places of a checkpoint, before its weights are loaded; None when it has none."""
+        return None
 
     def sharded_parameters(self) -> list[nn.Parameter]:
         """Parameters whose gradient is not reduced over the whole world."""

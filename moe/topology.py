@@ -9,6 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # it costs pairs of ranks by their level, and imports this file
+    from moe.costs import AlphaBeta
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,23 @@ class Level:
 
 
 @dataclass(frozen=True)
+class CollectiveCosts:
+    """What the even all-to-alls of a hierarchical dispatch cost, by bytes that a rank sends in all.
+
+    Over D levels of more than one group, the outermost being the first (HierMoE, arXiv 2508.09591, figure 9).
+
+    Args:
+        standard: of all ranks.
+        inter: D - 1 costs; Inter-i joins the ranks at equal places of a level-i group's parts, in all groups at once.
+        intra: D - 1 costs; Intra-i joins the ranks of one such part, in all of them at once.
+    """
+
+    standard: AlphaBeta
+    inter: tuple[AlphaBeta, ...] = ()
+    intra: tuple[AlphaBeta, ...] = ()
+
+
+@dataclass(frozen=True)
 class Cluster:
     """Levels of ranks, innermost first; `levels[0]` is the rank itself (copies that leave no device).
 
@@ -37,11 +58,13 @@ class Cluster:
         levels: at least the level `self`; fan-outs multiply to the world size.
         emulation: empty for a real cluster, else one phrase that says what stands in for it
             ("plain loopback, declared levels"); it goes into every result.
+        collectives: measured one by one; None where nobody did.
     """
 
     name: str
     levels: tuple[Level, ...]
     emulation: str = ""
+    collectives: CollectiveCosts | None = None
 
     @property
     def world_size(self) -> int:
@@ -52,6 +75,12 @@ class Cluster:
     def level_names(self) -> list[str]:
         """Names of the levels, innermost first."""
         return [level.name for level in self.levels]
+
+    @property
+    def crossed_levels(self) -> list[int]:
+        """Indices of the levels that tell ranks apart, those of more than one group of the level below, innermost
+        first."""
+        return [index for index, level in enumerate(self.levels) if index and level.fanout > 1]
 
     def group_size(self, level: int) -> int:
         """Ranks in one group of `level`: 1 at level 0, the world size at the outermost."""

@@ -120,7 +120,8 @@ def test_a_file_lists_every_key_of_its_group(group: str, choice: str) -> None:
     content = read(group, choice)
     if "defaults" not in content:
         elsewhere = set(SPLIT_KEYS) if group == "cluster" and content["launch"] != "split" else set()
-        assert set(content) == set(schema.model_fields) - elsewhere
+        measured = {"collectives"} if group == "cluster" else set()  # only in what experiments.comm has written
+        assert set(content) | measured == set(schema.model_fields) - elsewhere
 
 
 @pytest.mark.parametrize("kind", PRIMARY)
@@ -147,7 +148,7 @@ def test_every_experiment_is_for_an_entry_point() -> None:
     of_kind = {kind: choices("experiment", kind) for kind in PRIMARY if "experiment" in PRIMARY[kind]}
     assert of_kind["train"] == ["smoke"]
     assert {"smoke", "ta_moe_netns", "ta_moe_split"} <= set(of_kind["compare"])
-    assert of_kind["layer"] == ["native_layer", "native_layer_growth"]
+    assert {"native_layer", "native_layer_growth"} <= set(of_kind["layer"])
     assert {name for names in of_kind.values() for name in names} == set(choices("experiment"))
 
 

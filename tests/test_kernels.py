@@ -130,7 +130,12 @@ class Biased(TopKGate):
 @pytest.mark.parametrize(("num_experts", "top_k"), [(4, 1), (6, 2), (256, 8), (3, 3)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_gate_routes_as_on_the_torch_path(
-    on_kernels: None, monkeypatch: pytest.MonkeyPatch, num_experts: int, top_k: int, dtype: torch.dtype, kind: type[TopKGate]
+    on_kernels: None,
+    monkeypatch: pytest.MonkeyPatch,
+    num_experts: int,
+    top_k: int,
+    dtype: torch.dtype,
+    kind: type[TopKGate],
 ) -> None:
     spec = LayerSpec(model_dim=32, hidden_dim=8, num_experts=num_experts, top_k=top_k)
     gate = kind(spec, torch.device(DEVICE))

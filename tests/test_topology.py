@@ -38,6 +38,11 @@ def test_level_of_is_the_first_level_whose_groups_hold_both(fanouts: list[int], 
         assert sorted(sum(cluster.groups(level), [])) == list(range(cluster.world_size))
 
 
+def test_levels_of_one_group_tell_nothing_apart() -> None:
+    assert cluster_of([2, 1, 3]).crossed_levels == [1, 3]
+    assert cluster_of([1]).crossed_levels == []
+
+
 def test_a_rank_outside_has_no_level() -> None:
     with pytest.raises(ValueError, match="ranks 0 and 4 are not both in a cluster of 4 ranks"):
         cluster_of([2, 2]).level_of(0, 4)

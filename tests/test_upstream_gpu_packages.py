@@ -56,7 +56,14 @@ def test_a_package_is_found_when_installed_and_asked_for_when_not(name: str, ins
     installed.add(PACKAGES[name])
     refusals = {case.name: create(name).refusals(case.spec, CLUSTER) for case in CASES}
     refusing = {case: reasons for case, reasons in refusals.items() if reasons}
-    assert refusing == ({"bf16": [NO_BF16]} if name == "fastermoe_upstream" else {})
+    if name != "fastermoe_upstream":
+        assert refusing == {}
+        return
+    assert refusing.pop("bf16") == [NO_BF16]
+    drops = [case.name for case in CASES if case.spec.capacity_factor is not None]
+    assert drops and refusing == {case: [fastmoe_smart.SHADOWS_DIFFER] for case in drops}
+    plain = create(name, {"shadowing": False})
+    assert not any(plain.refusals(case.spec, CLUSTER) for case in CASES if case.name in drops)
 
 
 @pytest.mark.parametrize("name", ["fastmoe", "fastermoe_upstream"])

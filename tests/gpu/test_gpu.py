@@ -20,7 +20,13 @@ from experiments.registry import discover
 SYSTEMS = sorted(set(discover()) - {"fastermoe_upstream"})
 """All that can share a process: FastMoE and its FasterMoE can't."""
 
-PACKAGES = {"deepspeed": "deepspeed", "fairscale": "fairscale", "tutel": "tutel", "fastmoe": "fmoe"}
+PACKAGES = {
+    "deepspeed": "deepspeed",
+    "fairscale": "fairscale",
+    "tutel": "tutel",
+    "fastmoe": "fmoe",
+    "megatron": "megatron",
+}
 SHAPE = (
     "shapes=[{name: small, tokens_per_rank: 512, model_dim: 256, hidden_dim: 512, num_experts: 16, top_k: 2,"
     " activation: swiglu}]"
@@ -88,7 +94,7 @@ FASTERMOE = {
 
 @pytest.mark.parametrize("case", FASTERMOE)
 def test_fastermoe_equals_the_oracle_in_a_run_of_its_own(tmp_path: Path, case: str) -> None:
-    """Upstream's policy shadows only where ranks send unequally many copies, so there some are dropped."""
+    """Upstream's policy shadows only where ranks send unequally many copies, so there some are dropped: refused."""
     systems = f"systems=[{{name: fastermoe_upstream, {FASTERMOE[case]}}},fastmoe]"
     drops = "capacity_factor=1.0" if case == "shadows" else "capacity_factor=null"
     overrides = ["cluster=auto", "dtype=fp32", "workload=zipf", drops, systems, SHAPE, f"output_dir={tmp_path}"]
@@ -102,12 +108,12 @@ def test_fastermoe_equals_the_oracle_in_a_run_of_its_own(tmp_path: Path, case: s
         assert set(refused) == {"fastermoe_upstream", "fastmoe"}
     elif torch.cuda.device_count() == 1:
         assert set(refused) == {"fastermoe_upstream"}
+    elif case == "shadows":
+        assert "not the oracle's" in refused["fastermoe_upstream"]
     else:
         assert set(errors["system"]) == {"fastermoe_upstream"}
         assert (errors["value"] <= 1e-5).all(), errors
         assert "give each a run of its own" in refused["fastmoe"]
-        sent = set(samples[samples["metric"] == "bytes"]["part"].str.split("/").str[1])
-        assert ("reduction" in sent) == (case == "shadows"), "shadows' gradients are reduced, and nothing else here"
 
 
 def test_fastmoe_s_own_gates_route(tmp_path: Path) -> None:
