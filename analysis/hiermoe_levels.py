@@ -79,7 +79,7 @@ def _rows(samples: pd.DataFrame, told: dict[str, Any] | None) -> Iterator[dict[s
         by_levels = {int(part): float(seconds) for part, seconds in modelled.items() if str(part).isdigit()}
         if not by_levels or not len(times):
             continue
-        levels = _levels(str(system), (told or {}).get(str(system)), by_levels)
+        levels = _levels(str(system), (told or {}).get(str(system), "auto" if told else None), by_levels)
         if levels not in by_levels:
             continue
         measured = bootstrap_median(times)

@@ -37,8 +37,9 @@ def write_layer(folder: Path, baseline: str) -> pd.DataFrame:
     Returns:
         The rows of summary.csv: per shape and system step_time, step_time_ratio (time of the baseline over the system's
         in the same rounds: above 1 is faster), floor_time and floor_ratio (the time of the experts' products and four
-        bare all-to-alls, over the system's), tokens_per_s, stage_time/..., bytes/..., peak_memory, dropped_copies,
-        relative_error/..., path/<which implementation ran>, or one `run` row with the reason why there is none.
+        bare all-to-alls, over the system's), communication_time (gate, dispatch and combine both ways),
+        communication_ratio (the baseline's over the system's), tokens_per_s, stage_time/..., bytes/..., peak_memory,
+        dropped_copies, relative_error/..., path/<which implementation ran>, or one `run` row with the reason why there is none.
 
     Raises:
         ResultsError: no samples, or a cell that stands there twice.
@@ -66,10 +67,11 @@ def _where(samples: Samples) -> str:
 def _rows(samples: Samples, baseline: str) -> Iterator[dict[str, Any]]:
     table = samples.table
     for (shape, workload), cells in table.groupby(["shape", "workload"], sort=False):
-        base = _values(cells[cells["system"] == baseline], "step_time")
+        of_baseline = cells[cells["system"] == baseline]
+        base, base_communication = _values(of_baseline, "step_time"), _communication(of_baseline)
         for (system, implementation), own in cells.groupby(["system", "implementation"], sort=False):
             key = {"shape": shape, "workload": workload, "system": system, "implementation": implementation}
-            yield from ({**key, **row, "status": "ok"} for row in _system_rows(own, base))
+            yield from ({**key, **row, "status": "ok"} for row in _system_rows(own, base, base_communication))
     for problem in samples.problems.itertuples():
         status = f"{problem.status}: {problem.reason}"
         key = {"shape": problem.shape, "workload": problem.workload, "system": problem.system}
@@ -80,7 +82,15 @@ def _values(cells: pd.DataFrame, metric: str) -> np.ndarray:
     return cells[cells["metric"] == metric].sort_values("round")["value"].to_numpy()
 
 
-def _system_rows(own: pd.DataFrame, base: np.ndarray) -> Iterator[dict[str, Any]]:
+def _communication(cells: pd.DataFrame) -> np.ndarray:
+    """[rounds] seconds of gate, dispatch and combine, forward and backward: all but the experts. With the gate, since
+    in some systems it also sorts the rows that others sort in dispatch."""
+    stages = [f"{direction}/{stage}" for direction in DIRECTIONS for stage in STAGES if stage != "experts"]
+    found = cells[(cells["metric"] == "stage_time") & cells["part"].isin(stages)]
+    return found.groupby("round")["value"].sum().to_numpy()
+
+
+def _system_rows(own: pd.DataFrame, base: np.ndarray, base_communication: np.ndarray) -> Iterator[dict[str, Any]]:
     def row(metric: str, interval: Interval, unit: str) -> dict[str, Any]:
         return {"metric": metric, **interval._asdict(), "unit": unit}
 
@@ -94,6 +104,10 @@ def _system_rows(own: pd.DataFrame, base: np.ndarray) -> Iterator[dict[str, Any]
         yield row("floor_ratio", bootstrap_ratio(floor, times), "1")
     yield row("tokens_per_s", bootstrap_median(_values(own, "tokens")[0] / times), "tokens/s")
     stage_times = own[own["metric"] == "stage_time"]
+    communication = _communication(own)
+    yield row("communication_time", bootstrap_median(communication), "s")
+    if len(base_communication):
+        yield row("communication_ratio", bootstrap_ratio(base_communication, communication), "1")
     for part in (f"{direction}/{stage}" for direction in DIRECTIONS for stage in STAGES):
         yield row(f"stage_time/{part}", bootstrap_median(stage_times[stage_times["part"] == part]["value"]), "s")
     for metric in ("bytes", "relative_error", "peak_memory", "dropped_copies", "path"):
@@ -131,6 +145,7 @@ def people_table(summary: pd.DataFrame) -> PeopleTable:
     levels = [name.split("/")[1] for name in summary["metric"] if name.startswith("bytes/")]
     outermost = next((level for level in reversed(levels) if level != "self"), "")
     head = ["shape", "system", "ms", "speed over baseline", "floor / time", "rel. error", "peak memory"]
+    head += ["gate, dispatch, combine: ms", "speed over baseline's"]
     head += [f"sent over {outermost}"] * bool(outermost)
     head += [f"{direction} ms: {' / '.join(STAGES)}" for direction in DIRECTIONS]
     rows = []
@@ -146,6 +161,7 @@ def people_table(summary: pd.DataFrame) -> PeopleTable:
         line = [str(shape), label, significant(values["step_time"] * 1e3, 3), _interval(own, "step_time_ratio")]
         line.append(_interval(own, "floor_ratio"))
         line += [significant(errors.max(), 2) if len(errors) else "-", binary_bytes(values["peak_memory"], 3)]
+        line += [significant(values["communication_time"] * 1e3, 3), _interval(own, "communication_ratio")]
         line += [binary_bytes(sent, 3)] * bool(outermost)
         for direction in DIRECTIONS:
             line.append(" / ".join(significant(values[f"stage_time/{direction}/{s}"] * 1e3, 3) for s in STAGES))

@@ -167,6 +167,8 @@ class TutelLayer(MoELayer):
         if not self.options.use_2dh:
             return ""
         world_size, size = self.mesh.world_size, node_size(self.mesh.cluster, self.mesh.world_size)
+        if size == world_size:
+            return "2DH asked for, linear all-to-all on one level, blocking"
         return (
             f"2DH all-to-all, {world_size // size} node{'s' * (world_size > size)} of {size}, between first, blocking"
         )

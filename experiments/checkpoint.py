@@ -12,6 +12,7 @@ import re
 import shutil
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -59,6 +60,7 @@ def canonical_entries(gpt: GPT) -> Iterator[Entry]:
         for view in layer.expert_views():
             yield Entry(f"{prefix}/experts/{view.expert}/{view.name}", view.parameter, view.view)
             seen.add(id(view.parameter))
+        seen.update(map(id, layer.sharded_parameters()))  # the views may be of whole experts put together from these
         shape = "x".join(str(level.fanout) for level in layer.mesh.cluster.levels[1:])
         for name, parameter in own.items():
             yield Entry(f"{prefix}/ranks/{layer.mesh.rank} of {shape}/{name}", parameter, _itself, local=True)
@@ -83,7 +85,9 @@ def save_checkpoint(path: Path, gpt: GPT, optimizer: Optimizer, state: dict[str,
     temporary = path.with_name(f".{path.name}.tmp")
     state = state | {"placements": {layer.spec.layer_index: layer.expert_of_slot for layer in gpt.moe_layers}}
     try:
-        _save(path, temporary, _tensors(canonical_entries(gpt), optimizer, for_saving=True), state)
+        with _whole_experts(gpt, optimizer, loading=False):
+            tensors = _tensors(canonical_entries(gpt), optimizer, for_saving=True)
+        _save(path, temporary, tensors, state)
     except (Exception, dcp.CheckpointException) as error:
         if dist.get_rank() == 0:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -93,6 +97,15 @@ def save_checkpoint(path: Path, gpt: GPT, optimizer: Optimizer, state: dict[str,
         if isinstance(cause, RuntimeError) and TORCH_WRITER in str(cause):
             raise ResultsWriteError(path, "torch could not write all of it, as on a full disk", MORE_SPACE) from error
         raise cause from error
+
+
+@contextmanager
+def _whole_experts(gpt: GPT, optimizer: Optimizer, loading: bool) -> Iterator[None]:
+    """Inside, every expert is whole on some rank, with its state. Collective."""
+    with ExitStack() as stack:
+        for layer in gpt.moe_layers:
+            stack.enter_context(layer.whole_experts(optimizer, loading))
+        yield
 
 
 def _save(path: Path, temporary: Path, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
@@ -141,8 +154,22 @@ def load_checkpoint(path: Path, gpt: GPT, optimizer: Optimizer) -> dict[str, Any
     if verdict[0]:
         raise _error(path, verdict[0])
     state = torch.load(path / "trainer.pt", weights_only=True)
+    placements = state.pop("placements", {})
     for layer in gpt.moe_layers:
-        layer.restore_placement(state.get("placements", {}).get(layer.spec.layer_index))
+        layer.restore_placement(placements.get(layer.spec.layer_index))
+    with _whole_experts(gpt, optimizer, loading=True):
+        _fill(path, gpt, optimizer)
+    rng = path / f"rng_{dist.get_rank()}.pt"
+    if rng.exists():
+        cpu, gpu = torch.load(rng, weights_only=True)
+        torch.set_rng_state(cpu)
+        if gpu is not None and torch.cuda.is_initialized():
+            torch.cuda.set_rng_state(gpu)
+    return state
+
+
+def _fill(path: Path, gpt: GPT, optimizer: Optimizer) -> None:
+    """Model and optimizer, from a checkpoint that is whole."""
     try:
         saved = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
         entries = [entry for entry in canonical_entries(gpt) if not entry.local or entry.key in saved]
@@ -161,13 +188,6 @@ def load_checkpoint(path: Path, gpt: GPT, optimizer: Optimizer) -> dict[str, Any
                     moments[name] = torch.zeros_like(entry.parameter)
                 entry.view(moments[name]).copy_(fresh[f"{entry.key}/{name}"])
             moments["step"] = fresh[f"{entry.key}/step"].to(entry.parameter.device, copy=True)  # fused AdamW
-    rng = path / f"rng_{dist.get_rank()}.pt"
-    if rng.exists():
-        cpu, gpu = torch.load(rng, weights_only=True)
-        torch.set_rng_state(cpu)
-        if gpu is not None and torch.cuda.is_initialized():
-            torch.cuda.set_rng_state(gpu)
-    return state
 
 
 def _rng_state() -> tuple[Tensor, Tensor | None]:

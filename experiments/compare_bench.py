@@ -110,9 +110,8 @@ def _time_seed(
             elif expected is not None:
                 _add_errors(writer, observed, expected, mesh)
         writers.append(writer)
-    times = interleave(
-        {t.writer.key[0]: t.step for t in trainees}, config.timing.rounds, config.timing.warmup, mesh.device
-    )
+    timing, steps = config.timing, {trainee.writer.key[0]: trainee.step for trainee in trainees}
+    times = interleave(steps, timing.rounds, timing.warmup, mesh.device, timing.steps_per_round)
     for trainee in trainees:
         trainee.writer.add("step_time", times[trainee.writer.key[0]], "s")
         trainee.writer.add("trained_steps", [trainee.trained_steps], "steps", config.timing.weights)

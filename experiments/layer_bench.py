@@ -202,8 +202,7 @@ def _prepare(
         output = layer(x_TM)
         torch.autograd.backward([output.y_TM, output.aux_loss], [case.grad_TM, None])
         x_TM.grad = None  # at the end, so that a step frees what it allocated: see `peak_memory_bytes`
-        for parameter in layer.parameters():
-            parameter.grad = None
+        layer.drop_gradients()
 
     def try_out() -> dict[str, float]:  # what can't run fails here, not amid the timing
         step()

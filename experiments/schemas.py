@@ -119,7 +119,7 @@ class LayerShape(BaseModel):
 
 
 class TimingConfig(BaseModel):
-    """Interleaved timing: in each round every system does one step.
+    """Interleaved timing: in each round every system does one step, or several in a row.
 
     With `weights=trained` each goes on from the newest checkpoint of its own training run, so that a method whose
     routing changes in training is timed with the routing that it has learned.
@@ -129,6 +129,7 @@ class TimingConfig(BaseModel):
     rounds: int = Field(ge=1, examples=[20])
     warmup: int = Field(ge=0, examples=[3], description="rounds before, not counted")
     weights: Literal["initial", "trained"]
+    steps_per_round: int = Field(default=1, ge=1, examples=[10], description="timed together, their mean counts")
 
 
 class RunConfig(BaseModel):

@@ -7,7 +7,7 @@ In the paper's names, HD2 is `levels: 2, placement: fixed`; HD-MoE `levels: auto
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from methods.hiermoe_dispatch import block_sizes
-from methods.hiermoe_levels import ID_AND_WEIGHT_BYTES, LevelsDispatcher
+from methods.hiermoe_levels import LevelsDispatcher
 from methods.hiermoe_model import Collectives, collectives_of
 from methods.hiermoe_swap import Peak, SwapStatistics, gaining, ranked_swaps, swap_costs, swap_statistics
 from moe.costs import AlphaBeta
@@ -25,6 +25,7 @@ from moe.layer import NativeMoE
 from moe.load_balance import balance_loads
 from moe.mesh import Mesh
 from moe.migration import migrate, movable_layers
+from moe.placement import Placement
 from moe.system import LayerSpec, MoELayer, System, moe_layers
 from moe.topology import Cluster
 
@@ -42,8 +43,8 @@ class Options(BaseModel):
             `fixed`: they stay.
         move_every: steps between two moves; null: 1 for `swap`, 10 for `smartmoe`.
         swap_pairs: pairs of experts at most that a layer swaps at a time; the paper's is 1, more are ours.
-        least_gain: share of a dispatch's modelled time that a swap must save, for moving experts costs time, too; ours,
-            the paper's is 0.
+        least_gain: share of the score that a swap must save; ours, the paper's is 0. It stands in for what moving
+            experts costs, which nothing here weighs against the gain. With `max` the score is a dispatch's modelled time.
         peak, gamma: how the fullest group is taken in scoring swaps, see `methods.hiermoe_swap.peak`.
     """
 
@@ -58,6 +59,9 @@ class Options(BaseModel):
     peak: Peak = "smooth"
     gamma: float = Field(default=10.0, gt=0, allow_inf_nan=False)
 
+
+SCORED_TOGETHER = 8
+"""Layers whose swaps are scored at a time: [layers, E, E, ranks] float64 numbers, a few times."""
 
 MOVE_EVERY = {"swap": 1, "smartmoe": 10}
 """Steps between two moves, as the systems that they are of."""
@@ -145,59 +149,52 @@ class HierMoE(System):
 
     def _swap(self, model: nn.Module, optimizer: Optimizer) -> None:
         """Let the best pairs of every layer trade places, by what all ranks routed in the last step. One reduction and
-        one message of choices for all layers."""
-        options, layers = self.options, movable_layers(model)
-        scored: list[tuple[HierarchicalMoE, Collectives]] = []
-        statistics = []
-        for layer, placement in layers:
-            assert isinstance(layer, HierarchicalMoE)
-            if placement.slots_TK is None:
-                continue
-            collectives = layer.dispatcher.collectives or _one_level(layer.mesh.ep_size)
-            groups, num_experts = collectives.groups, layer.spec.num_experts
-            found = swap_statistics(placement.slots_TK, num_experts, groups, options.dedup, placement.kept_TK)
-            scored.append((layer, collectives))
-            statistics += [found.counts_S, found.gain_DEE]
-        if not scored:
-            return
-        ranked = [
-            self._ranked(layer, collectives, SwapStatistics(counts_S, gain_DEE))
-            for (layer, collectives), (counts_S, gain_DEE) in zip(scored, _pairs(_summed(statistics)), strict=True)
-        ]
-        chosen = torch.stack(ranked)
-        dist.broadcast(chosen, 0)
+        one message of choices for all layers that are alike."""
+        alike: dict[Any, list[tuple[NativeMoE, Placement]]] = {}
+        for layer, placement in movable_layers(model):
+            if placement.slots_TK is not None:
+                assert isinstance(layer, HierarchicalMoE)
+                key = (layer.spec.num_experts, layer.dispatcher.num_levels, placement.slots_TK.shape)
+                alike.setdefault(key, []).append((layer, placement))
         moves = []
-        for (layer, _), ranked_N3 in zip(scored, chosen.tolist(), strict=True):
-            places = layer.expert_of_slot
-            assert places is not None
-            places = list(places)
-            for a, b in gaining(ranked_N3, options.least_gain):
-                places[a], places[b] = places[b], places[a]
-            if places != layer.expert_of_slot:
-                moves.append((layer, places))
+        for layers in (few for layers in alike.values() for few in _cut(layers)):
+            for (layer, placement), ranked_N3 in zip(layers, self._ranked(layers).tolist(), strict=True):
+                places = list(placement.expert_of_slot)
+                for a, b in gaining(ranked_N3, self.options.least_gain):
+                    places[a], places[b] = places[b], places[a]
+                if places != placement.expert_of_slot:
+                    moves.append((layer, places))
         migrate(moves, optimizer)
 
-    def _ranked(self, layer: HierarchicalMoE, collectives: Collectives, statistics: SwapStatistics) -> Tensor:
-        options, spec = self.options, layer.spec
-        told = ID_AND_WEIGHT_BYTES * (spec.top_k if options.dedup else 1)
-        row_bytes = spec.model_dim * spec.dtype.itemsize + told
-        dim = layer.dispatcher.num_levels
-        cost_EE, now_s = swap_costs(statistics, collectives, row_bytes, dim, options.peak, options.gamma)
-        return ranked_swaps(cost_EE, now_s, options.swap_pairs, spec.num_experts // layer.mesh.ep_size)
+    def _ranked(self, layers: list[tuple[NativeMoE, Placement]]) -> Tensor:
+        """The best pairs of layers that are alike, [layers, pairs, 3]; see `ranked_swaps`."""
+        options, layer = self.options, layers[0][0]
+        spec, mesh, dispatcher = layer.spec, layer.mesh, layer.dispatcher
+        assert isinstance(dispatcher, LevelsDispatcher)
+        collectives = dispatcher.collectives or _one_level(mesh.ep_size)
+        slots = torch.stack([placement.slots_TK for _, placement in layers if placement.slots_TK is not None])
+        kept = [placement.kept_TK for _, placement in layers if placement.kept_TK is not None]
+        statistics = swap_statistics(
+            slots, spec.num_experts, collectives.groups, options.dedup, torch.stack(kept) if kept else None
+        )
+        sizes = [statistics.counts_S.numel(), statistics.gain_DEE.numel()]
+        summed = torch.cat([statistics.counts_S.flatten(), statistics.gain_DEE.flatten()])
+        dist.all_reduce(summed)
+        counts, gain = summed.split(sizes)
+        statistics = SwapStatistics(counts.view_as(statistics.counts_S), gain.view_as(statistics.gain_DEE))
+        cost_EE, now_s = swap_costs(
+            statistics, collectives, dispatcher.row_bytes, dispatcher.num_levels, options.peak, options.gamma
+        )
+        ranked = ranked_swaps(cost_EE, now_s, options.swap_pairs, spec.num_experts // mesh.ep_size)
+        dist.broadcast(ranked, 0)  # where ranks compute differently, one decides
+        return ranked
+
+
+def _cut(layers: list[Any]) -> list[list[Any]]:
+    """So many layers at a time that what scores their swaps stays small."""
+    return [layers[first : first + SCORED_TOGETHER] for first in range(0, len(layers), SCORED_TOGETHER)]
 
 
 def _one_level(num_ranks: int) -> Collectives:
     """Stands for costs that nobody measured where there is one level: its swaps rank alike whatever a byte costs."""
     return Collectives((num_ranks,), AlphaBeta(0.0, 1.0))
-
-
-def _summed(tensors: list[Tensor]) -> list[Tensor]:
-    """Their sums over all ranks, in one reduction."""
-    flat = torch.cat([tensor.flatten() for tensor in tensors])
-    dist.all_reduce(flat)
-    parts = flat.split([tensor.numel() for tensor in tensors])
-    return [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)]
-
-
-def _pairs(tensors: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
-    return list(zip(tensors[::2], tensors[1::2], strict=True))

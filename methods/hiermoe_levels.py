@@ -26,8 +26,8 @@ ID_AND_WEIGHT_BYTES = 8
 class LevelsDispatcher(Dispatcher):
     """One of HierMoE's dispatchers over 1 to D levels.
 
-    Over one level tokens go through the memory that GPUs of one node share, where they do, else once to every rank
-    (HD1; without `dedup`: plain all-to-all-v).
+    Over one level a token goes once to every rank (HD1): through the memory that the GPUs of one node share, where they
+    do, else by messages; without `dedup` each copy goes by itself, by all-to-all-v.
 
     Args:
         spec: of the layer.
@@ -47,7 +47,10 @@ class LevelsDispatcher(Dispatcher):
         self.spec, self.mesh, self.dedup, self.collectives = spec, mesh, dedup, collectives
         self.modelled_s: list[float] = []
         self.is_free = levels is None
-        depth = len(block_sizes(mesh.cluster, mesh.ep_size))
+        sizes = block_sizes(mesh.cluster, mesh.ep_size)
+        groups = tuple(mesh.ep_size // size for size in sizes)
+        assert collectives is None or collectives.groups == groups, (collectives, groups)
+        depth = len(sizes)
         wanted = range(1, depth + 1) if levels is None else [levels]
         self._by_levels = {d: self._over(d) for d in wanted}
         self.num_levels = min(wanted)
@@ -56,8 +59,10 @@ class LevelsDispatcher(Dispatcher):
     def _over(self, levels: int) -> Dispatcher:
         if levels > 1:
             return HierarchicalDispatcher(self.mesh, self.spec.num_experts, levels, self.dedup)
+        if not self.dedup:
+            return AllToAllDispatcher(self.mesh, self.spec.num_experts)
         flat = default_dispatcher(self.spec, self.mesh)
-        if isinstance(flat, AllToAllDispatcher) and self.dedup and self.mesh.ep_size > 1:
+        if isinstance(flat, AllToAllDispatcher) and self.mesh.ep_size > 1:
             return HierarchicalDispatcher(self.mesh, self.spec.num_experts, 1)
         return flat
 
@@ -65,6 +70,12 @@ class LevelsDispatcher(Dispatcher):
     def path(self) -> str:  # type: ignore[override]  # changes with what is chosen
         """Of the chosen one."""
         return self.chosen.path
+
+    @property
+    def row_bytes(self) -> int:
+        """Of a row, and of what is told with it."""
+        choices = self.spec.top_k if self.dedup else 1
+        return self.spec.model_dim * self.spec.dtype.itemsize + ID_AND_WEIGHT_BYTES * choices
 
     @property
     def workspace_bytes(self) -> int:
@@ -95,8 +106,9 @@ class LevelsDispatcher(Dispatcher):
         counts_S = group_counts(ids_TK, spec.num_experts, collectives.groups, self.dedup, kept_TK)
         counts_GS = counts_S.new_empty(self.mesh.ep_size, len(counts_S))
         dist.all_gather_into_tensor(counts_GS.view(-1), counts_S, group=self.mesh.ep_group)
-        told = ID_AND_WEIGHT_BYTES * (spec.top_k if self.dedup else 1)
-        seconds_D = dispatch_s(counts_GS, collectives, spec.model_dim * spec.dtype.itemsize + told)
+        seconds_D = dispatch_s(counts_GS, collectives, self.row_bytes)
+        if self.mesh.edp_size > 1:  # replicas of the experts choose alike
+            dist.all_reduce(seconds_D, op=dist.ReduceOp.MAX)
         self.modelled_s = seconds_D.tolist()
         if self.is_free:
             self.num_levels = best_dim(seconds_D)

@@ -17,7 +17,8 @@ Ours, where the paper is silent: the statistics are summed over all ranks, and a
 fullest rank's. They are of a past step's routing, whichever the caller gives.
 
 Everything is by slot: experts are known by where they are, and a swap exchanges what two slots hold. Dimensions: T
-tokens, K choices, E slots, U groups of a level, D levels, S = U[1] + ... + U[D].
+tokens, K choices, E slots, U groups of a level, D levels, S = U[1] + ... + U[D]; `...` stands for
+several layers at once, or for nothing.
 """
 
 from __future__ import annotations
@@ -39,9 +40,9 @@ class SwapStatistics(NamedTuple):
     """What scores all swaps; the sum over ranks is that of all their tokens.
 
     Attributes:
-        counts_S: [S] int64, tokens for each group of every level (`group_counts`).
-        gain_DEE: [D, E, E] int64, tokens that the group of slot A gains when the experts of A and B trade places; 0
-            where both are in one group.
+        counts_S: [..., S] int64, tokens for each group of every level (`group_counts`).
+        gain_DEE: [..., D, E, E] int64, tokens that the group of slot A gains when the experts of A and B trade places;
+            0 where both are in one group.
     """
 
     counts_S: Tensor
@@ -54,36 +55,38 @@ def swap_statistics(
     """Of a rank's tokens; a matrix product a level, on the device, without waiting for it. Not under autocast.
 
     Args:
-        expert_ids_TK: [T, K] int64 slots of the chosen experts, distinct within a row; T below 2^24 (sums are exact).
+        expert_ids_TK: [..., T, K] int64 slots of the chosen experts, distinct within a row, of one layer or of several;
+            T below 2^24 (sums are exact).
         num_experts: E.
         groups: U[1], ..., U[D].
         dedup: as in `group_counts`; without, a group gains B's copies and loses A's.
-        kept_TK: [T, K] bool, False for copies that are dropped; None when none is.
+        kept_TK: [..., T, K] bool, False for copies that are dropped; None when none is.
 
     Raises:
         ConfigError: a number of groups does not divide E.
     """
     counts_S = group_counts(expert_ids_TK, num_experts, groups, dedup, kept_TK)
     columns_TK = expert_ids_TK if kept_TK is None else torch.where(kept_TK, expert_ids_TK, num_experts)
-    chosen_TE = torch.zeros(len(columns_TK), num_experts + 1, device=columns_TK.device)
-    chosen_TE = chosen_TE.scatter_(1, columns_TK, 1.0)[:, :num_experts].contiguous()
+    chosen_TE = torch.zeros(*columns_TK.shape[:-1], num_experts + 1, device=columns_TK.device)
+    chosen_TE = chosen_TE.scatter_(-1, columns_TK, 1.0)[..., :num_experts].contiguous()
     gains = []
     for num_groups in groups:
         group_E = _group_of(num_experts, num_groups, columns_TK.device)
         if dedup:
-            grouped_TUL = chosen_TE.unflatten(1, (num_groups, -1))
-            per_group_TU = grouped_TUL.sum(2)  # c
-            alone_TE = (grouped_TUL * (per_group_TU == 1).unsqueeze(2)).flatten(1)  # Q
+            grouped_TUL = chosen_TE.unflatten(-1, (num_groups, -1))
+            per_group_TU = grouped_TUL.sum(-1)  # c
+            alone_TE = (grouped_TUL * (per_group_TU == 1).unsqueeze(-1)).flatten(-2)  # Q
             none_TU = (per_group_TU == 0).to(chosen_TE.dtype)
-            joint = torch.cat([none_TU, alone_TE], 1).t() @ chosen_TE
-            new_UE, both_EE = joint.split([num_groups, num_experts])  # N, transposed, and P
-            gain_EE = new_UE[group_E] - both_EE.diagonal().unsqueeze(1) + both_EE
+            joint = torch.cat([none_TU, alone_TE], -1).mT @ chosen_TE
+            new_UE, both_EE = joint.split([num_groups, num_experts], dim=-2)  # N, transposed, and P
+            alone_E = both_EE.diagonal(dim1=-2, dim2=-1)
+            gain_EE = new_UE.index_select(-2, group_E) - alone_E.unsqueeze(-1) + both_EE
         else:
-            copies_E = chosen_TE.sum(0)
-            gain_EE = copies_E.unsqueeze(0) - copies_E.unsqueeze(1)
+            copies_E = chosen_TE.sum(-2)
+            gain_EE = copies_E.unsqueeze(-2) - copies_E.unsqueeze(-1)
         apart_EE = group_E.unsqueeze(0) != group_E.unsqueeze(1)
         gains.append((gain_EE * apart_EE).round().long())
-    return SwapStatistics(counts_S, torch.stack(gains))
+    return SwapStatistics(counts_S, torch.stack(gains, dim=-3))
 
 
 def counts_after(statistics: SwapStatistics, groups: Sequence[int], level: int) -> Tensor:
@@ -95,16 +98,16 @@ def counts_after(statistics: SwapStatistics, groups: Sequence[int], level: int) 
         level: index into them.
 
     Returns:
-        [E, E, U] float64; symmetric in A and B.
+        [..., E, E, U] float64; symmetric in A and B.
     """
-    gain_EE = statistics.gain_DEE[level].double()
-    num_experts, num_groups = len(gain_EE), groups[level]
-    count_U = statistics.counts_S.split(list(groups))[level].double()
+    gain_EE = statistics.gain_DEE[..., level, :, :].double()
+    num_experts, num_groups = gain_EE.shape[-1], groups[level]
+    count_U = statistics.counts_S.split(list(groups), dim=-1)[level].double()
     group_E = _group_of(num_experts, num_groups, gain_EE.device)
-    a_EE1 = group_E.view(-1, 1, 1).expand(num_experts, num_experts, 1)
-    after_EEU = count_U.expand(num_experts, num_experts, num_groups).clone()
-    after_EEU.scatter_add_(2, a_EE1, gain_EE.unsqueeze(2))
-    return after_EEU.scatter_add_(2, a_EE1.transpose(0, 1), gain_EE.t().unsqueeze(2))
+    a_EE1 = group_E.view(-1, 1, 1).expand(*gain_EE.shape, 1)
+    after_EEU = count_U.unsqueeze(-2).unsqueeze(-2).expand(*gain_EE.shape, num_groups).clone()
+    after_EEU.scatter_add_(-1, a_EE1, gain_EE.unsqueeze(-1))
+    return after_EEU.scatter_add_(-1, a_EE1.transpose(-3, -2), gain_EE.mT.unsqueeze(-1))
 
 
 def peak(x: Tensor, how: Peak = "smooth", gamma: float = 10.0) -> Tensor:
@@ -153,13 +156,13 @@ def swap_costs(
         how, gamma: see `peak`.
 
     Returns:
-        [E, E] float64, symmetric; and a scalar.
+        [..., E, E] float64, symmetric; and [...].
 
     Raises:
         ConfigError: the cluster has fewer levels.
     """
     after_s = now_s = torch.zeros((), dtype=torch.float64, device=statistics.counts_S.device)
-    counts = statistics.counts_S.double().split(list(collectives.groups))
+    counts = statistics.counts_S.double().split(list(collectives.groups), dim=-1)
     for cost, level, block, size in collectives.exchanges(dim):
         bytes_per_token = size / block * row_bytes
         after_EE = peak(counts_after(statistics, collectives.groups, level), how, gamma)
@@ -178,28 +181,27 @@ def ranked_swaps(cost_EE: Tensor, now_s: Tensor, most: int = 1, apart: int = 1) 
     All ranks must swap alike: where they may compute differently, let one of them choose and tell the others.
 
     Args:
-        cost_EE: [E, E] from `swap_costs`.
-        now_s: scalar, likewise.
+        cost_EE: [..., E, E] from `swap_costs`.
+        now_s: [...], likewise.
         most: N, how many pairs at most, > 0 and at most E // 2.
         apart: slots of a block, dividing E; two pairs never have slots in one block (1: no slot twice).
 
     Returns:
-        [N, 3] float64: slots a < b, and what is then left of the cost (infinite where no pair is left).
+        [..., N, 3] float64: slots a < b, and what is then left of the cost (infinite where no pair is left).
     """
-    num_experts = len(cost_EE)
+    num_experts = cost_EE.shape[-1]
     assert 0 < most <= num_experts // 2 and num_experts % apart == 0, (most, apart)
     slots_E = torch.arange(num_experts, device=cost_EE.device)
     lower_EE = slots_E.unsqueeze(1) >= slots_E.unsqueeze(0)
     cost_EE = cost_EE.masked_fill(lower_EE, torch.inf)
     found = []
     for _ in range(most):
-        least = cost_EE.argmin()
-        pair_2 = torch.stack([least // num_experts, least % num_experts])
-        cost = cost_EE.flatten().index_select(0, least.view(1))
-        found.append(torch.cat([pair_2.double(), cost.double() / now_s.double()]))
-        taken_E = (slots_E.unsqueeze(0) // apart == pair_2.unsqueeze(1) // apart).any(0)
-        cost_EE = cost_EE.masked_fill(taken_E.unsqueeze(0) | taken_E.unsqueeze(1), torch.inf)
-    return torch.stack(found)
+        cost, least = cost_EE.flatten(-2).min(-1)
+        pair_2 = torch.stack([least // num_experts, least % num_experts], -1)
+        found.append(torch.cat([pair_2.double(), (cost.double() / now_s.double()).unsqueeze(-1)], -1))
+        taken_E = (slots_E // apart == pair_2.unsqueeze(-1) // apart).any(-2)
+        cost_EE = cost_EE.masked_fill(taken_E.unsqueeze(-2) | taken_E.unsqueeze(-1), torch.inf)
+    return torch.stack(found, -2)
 
 
 def gaining(ranked_N3: Sequence[Sequence[float]], least_gain: float = LEAST_GAIN) -> list[tuple[int, int]]:

@@ -24,7 +24,8 @@ def movable_layers(model: nn.Module) -> list[tuple[NativeMoE, Placement]]:
 def migrate(moves: Sequence[tuple[NativeMoE, Sequence[int]]], optimizer: Optimizer) -> int:
     """Move experts between slots: their weights, and the optimizer's state of each of them.
 
-    Collective; all in one batch of messages between pairs of ranks. The same on all ranks that hold the same experts.
+    Collective, the same on all ranks that hold the same experts. One batch of messages between pairs of ranks for each
+    layer, whose experts that move are in memory twice meanwhile.
 
     Args:
         moves: layers with a placement, and their new expert_of_slot.
@@ -33,37 +34,39 @@ def migrate(moves: Sequence[tuple[NativeMoE, Sequence[int]]], optimizer: Optimiz
     Returns:
         Bytes that this rank sent.
     """
+    return sum(_migrate(layer, expert_of_slot, optimizer) for layer, expert_of_slot in moves)
+
+
+def _migrate(layer: NativeMoE, expert_of_slot: Sequence[int], optimizer: Optimizer) -> int:
     incoming: list[tuple[list[Tensor], Tensor]] = []
     operations: list[dist.P2POp] = []
     sent_bytes = 0
-    for layer, expert_of_slot in moves:
-        placement = layer.placement
-        assert placement is not None, "a layer without a placement"
-        old_slot = {expert: slot for slot, expert in enumerate(placement.expert_of_slot)}
-        local = layer.mesh.local_experts(layer.spec.num_experts)
-        for slot, expert in enumerate(expert_of_slot):
-            source = old_slot[expert]
-            if source == slot or not (source in local or slot in local):
-                continue
-            here = _state_of(layer.experts, (source if source in local else slot) - local.start, optimizer)
-            if source in local and slot in local:
-                incoming.append((_state_of(layer.experts, slot - local.start, optimizer), _packed(here)))
-                continue
-            if source in local:
-                message = _packed(here)
-                operations.append(dist.P2POp(dist.isend, message, layer.mesh.ep_ranks[slot // len(local)]))
-                sent_bytes += message.numel()
-            else:
-                message = torch.empty(sum(tensor.nbytes for tensor in here), dtype=torch.uint8, device=here[0].device)
-                operations.append(dist.P2POp(dist.irecv, message, layer.mesh.ep_ranks[source // len(local)]))
-                incoming.append((here, message))
+    placement = layer.placement
+    assert placement is not None, "a layer without a placement"
+    old_slot = {expert: slot for slot, expert in enumerate(placement.expert_of_slot)}
+    local = layer.mesh.local_experts(layer.spec.num_experts)
+    for slot, expert in enumerate(expert_of_slot):
+        source = old_slot[expert]
+        if source == slot or not (source in local or slot in local):
+            continue
+        here = _state_of(layer.experts, (source if source in local else slot) - local.start, optimizer)
+        if source in local and slot in local:
+            incoming.append((_state_of(layer.experts, slot - local.start, optimizer), _packed(here)))
+            continue
+        if source in local:
+            message = _packed(here)
+            operations.append(dist.P2POp(dist.isend, message, layer.mesh.ep_ranks[slot // len(local)]))
+            sent_bytes += message.numel()
+        else:
+            message = torch.empty(sum(tensor.nbytes for tensor in here), dtype=torch.uint8, device=here[0].device)
+            operations.append(dist.P2POp(dist.irecv, message, layer.mesh.ep_ranks[source // len(local)]))
+            incoming.append((here, message))
     for work in dist.batch_isend_irecv(operations) if operations else []:
         work.wait()
     for tensors, message in incoming:
         for tensor, part in zip(tensors, message.split([tensor.nbytes for tensor in tensors]), strict=True):
             tensor.copy_(part.view(tensor.dtype).view(tensor.shape))
-    for layer, expert_of_slot in moves:
-        layer.set_placement(expert_of_slot)
+    layer.set_placement(expert_of_slot)
     return sent_bytes
 
 

@@ -9,7 +9,8 @@ Dimensions: T tokens of this rank, M model, H hidden of an expert, E experts ove
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import ceil
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -156,6 +157,11 @@ class MoELayer(nn.Module, ABC):
         return {}
 
     @property
+    def replicas_E(self) -> list[int] | None:
+        """Slots of each expert in the step that comes, over all ranks and the same on each; None where each has one."""
+        return None
+
+    @property
     def expert_of_slot(self) -> list[int] | None:
         """Where experts are that change places (see `moe.placement`); None where they stay."""
         return None
@@ -164,11 +170,27 @@ class MoELayer(nn.Module, ABC):
         """Take the places of a checkpoint, before its weights are loaded; None when it has none."""
         return None
 
+    @contextmanager
+    def whole_experts(self, optimizer: torch.optim.Optimizer, loading: bool) -> Iterator[None]:
+        """For a checkpoint: inside, `expert_views` are of whole experts, each on one rank at least, and `optimizer` has
+        the state of the parameters that hold them. Collective. By default it is always so.
+
+        Args:
+            optimizer: Adam's kind, of the model that this layer is in.
+            loading: weights and state are written there, and are to be taken over at the end.
+        """
+        yield
+
     def sharded_parameters(self) -> list[nn.Parameter]:
         """Parameters whose gradient is not reduced over the whole world."""
         if not self.experts_are_sharded:
             return []
         return list({id(view.parameter): view.parameter for view in self.expert_views()}.values())
+
+    def drop_gradients(self) -> None:
+        """Set the gradients of all weights to None, of those too that the run's optimizer does not see."""
+        for parameter in self.parameters():
+            parameter.grad = None
 
     def local_parameters(self) -> dict[str, nn.Parameter]:
         """Parameters that every rank trains for itself, by name: not reduced, and kept in checkpoints one a rank."""

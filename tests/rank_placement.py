@@ -172,6 +172,20 @@ def levels(info: RankInfo) -> dict[str, Any]:
         dist.broadcast(layer.gate_weight.data, 0)
         layer(torch.randn(64, 16))
         facts[cluster.name] = (before, layer.modelled_dispatch_s, layer.dispatcher.num_levels, layer.path)
+    near = torch.zeros(64, 16)
+    near[:, 0] = 1.0
+    with torch.no_grad():  # now all tokens choose experts of the first node: one exchange is as good as two
+        layer.gate_weight.zero_()
+        layer.gate_weight[:4, 0] = 5.0
+    system, optimizer = create("hiermoe", {"choose_every": 3, "placement": "fixed"}), AdamW(layer.parameters())
+    first = layer.modelled_dispatch_s
+    system.after_step(layer, optimizer, 2)
+    layer(near)
+    kept = layer.modelled_dispatch_s == first
+    system.after_step(layer, optimizer, 3)
+    asked_again = layer.modelled_dispatch_s == {}
+    layer(near)
+    facts["later"] = (kept, asked_again, layer.modelled_dispatch_s != first)
     return facts
 
 

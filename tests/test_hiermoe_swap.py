@@ -20,6 +20,7 @@ from methods.hiermoe_swap import (
     counts_after,
     gaining,
     peak,
+    ranked_swaps,
     swap_costs,
     swap_statistics,
     swapped,
@@ -117,6 +118,19 @@ def test_several_swaps_are_disjoint_and_best_first() -> None:
     assert best_swaps(cost_EE, now_s, most=8) == [(0, 7), (1, 6), (2, 5)], "the next ones gain nothing"
     assert best_swaps(cost_EE, now_s, most=8, apart=2) == [(0, 7), (2, 5)], "1 is on the rank of 0, 6 on that of 7"
     assert best_swaps(cost_EE, torch.tensor(1.0), most=2) == []
+
+
+@pytest.mark.parametrize("dedup", [True, False])
+def test_several_layers_at_once_are_each_by_itself(dedup: bool) -> None:
+    layers = [random_ids((40,), 16, 3, seed) for seed in range(3)]
+    alone = [swap_statistics(ids_TK, 16, GROUPS, dedup) for ids_TK in layers]
+    joint = swap_statistics(torch.stack(layers), 16, GROUPS, dedup)
+    assert torch.equal(joint.counts_S, torch.stack([one.counts_S for one in alone]))
+    assert torch.equal(joint.gain_DEE, torch.stack([one.gain_DEE for one in alone]))
+    ranked = ranked_swaps(*swap_costs(joint, COLLECTIVES, ROW_BYTES, 2), most=3, apart=2)
+    for layer, one in enumerate(alone):
+        expected = ranked_swaps(*swap_costs(one, COLLECTIVES, ROW_BYTES, 2), most=3, apart=2)
+        torch.testing.assert_close(ranked[layer], expected)
 
 
 def test_small_gains_are_left() -> None:

@@ -115,6 +115,11 @@ def test_the_model_chooses_the_levels(facts: list[dict[str, Any]]) -> None:
         assert path.startswith("all-to-all-v on 1 level, a token once per group")
 
 
+def test_the_model_is_asked_again(facts: list[dict[str, Any]]) -> None:
+    """Every so many steps, of what is routed then."""
+    assert all(rank["levels"]["later"] == [True, True, True] for rank in facts)
+
+
 def test_swaps_bring_together_what_is_chosen_together(facts: list[dict[str, Any]]) -> None:
     """At first every token goes to both nodes, at last to one."""
     for rank in facts:

@@ -177,7 +177,7 @@ def test_a_node_is_the_innermost_level_of_several_ranks_with_others_outside(
     [
         ([2, 2], 2, "2DH all-to-all, 2 nodes of 2, between first, blocking"),
         ([1, 2, 3], 2, "2DH all-to-all, 3 nodes of 2, between first, blocking"),
-        ([1, 2], 2, "2DH all-to-all, 1 node of 2, between first, blocking"),
+        ([1, 2], 2, "2DH asked for, linear all-to-all on one level, blocking"),
     ],
 )
 def test_upstream_s_2dh_takes_the_same_nodes(
