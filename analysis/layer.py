@@ -39,7 +39,8 @@ def write_layer(folder: Path, baseline: str) -> pd.DataFrame:
         in the same rounds: above 1 is faster), floor_time and floor_ratio (the time of the experts' products and four
         bare all-to-alls, over the system's), communication_time (gate, dispatch and combine both ways),
         communication_ratio (the baseline's over the system's), tokens_per_s, stage_time/..., bytes/..., peak_memory,
-        dropped_copies, relative_error/..., path/<which implementation ran>, or one `run` row with the reason why there is none.
+        dropped_copies, relative_error/..., path/<which implementation ran>, or one `run` row with the reason why there
+        is none.
 
     Raises:
         ResultsError: no samples, or a cell that stands there twice.

@@ -18,6 +18,7 @@ from analysis.load import Run, one_line
 LAST_PART = 0.1
 """Share of the logged steps, the last ones, that stands for the routing that a run has learned."""
 
+_PLACES = ("expert_of_slot", "replica_counts")
 _ROW_SUM_TOLERANCE = 1e-3
 
 
@@ -65,7 +66,7 @@ class Routing:
 
 
 def by_rank(per_expert: NDArray[np.floating] | NDArray[np.integer], num_ranks: int) -> NDArray[np.float64]:
-    """[..., E] to [..., W], summed over the E / W experts that lie on one rank; E must be a multiple of W."""
+    """[..., E] to [..., W], summed over the E / W slots of one rank; E must be a multiple of W."""
     *front, num_experts = per_expert.shape
     return per_expert.reshape(*front, num_ranks, num_experts // num_ranks).sum(axis=-1, dtype=np.float64)
 
@@ -79,7 +80,9 @@ def load_routing(run: Run) -> Routing:
     name = f"{run.path.name}/routing.npz"
     try:
         with np.load(run.path / "routing.npz", allow_pickle=False) as file:
-            arrays = {key: file[key] for key in ("steps", "dispatch_counts", "target_shares") if key in file.files}
+            arrays = {
+                key: file[key] for key in ("steps", "dispatch_counts", "target_shares", *_PLACES) if key in file.files
+            }
     except FileNotFoundError:
         raise ResultsError(f"{name}: there is no such file. Fix: run it again.") from None
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
@@ -99,6 +102,13 @@ def load_routing(run: Run) -> Routing:
             f"{name}: {num_experts} experts on {num_ranks} ranks don't lie evenly, and counts are by expert only. "
             "Fix: train with a multiple of the ranks."
         )
+    if "replica_counts" in arrays:
+        raise ResultsError(f"{name}: experts have replicas, and counts are by expert only. Fix: leave this system out.")
+    if "expert_of_slot" in arrays:
+        places_SLE = arrays["expert_of_slot"].astype(np.int64)
+        if places_SLE.shape != (*counts_SLWE.shape[:2], num_experts):
+            raise ResultsError(f"{name}: expert_of_slot is {list(places_SLE.shape)}. Fix: run it again.")
+        counts_SLWE = np.take_along_axis(counts_SLWE, places_SLE[:, :, None, :], axis=3)
     order = np.argsort(steps_S, kind="stable")
     target_WW, flaw = None, ""
     if "target_shares" in arrays:

@@ -3,13 +3,18 @@
 | schedule | all-to-all beside experts | dense gradients | chunks |
 |---|---|---|---|
 | `sequential` (DeepSpeed-MoE) | no | in the end | 1 |
-| `tutel_overlap` | yes | in the end | 1, 2, 4 or 8, one number for both directions |
+| `tutel_overlap` | yes | in the end | 1, 2, 4 or 8 by PipeMoE's model, one number for both directions |
 | `tutel_improved` | yes | beside dense parts | the same |
 | `pipemoe` | yes | in the end | any number up to 8 by PipeMoE's model, one for both directions |
 | `pipemoe_lina` | yes | pieces of 30 MB in any gap of the link | PipeMoE's |
 
-In all of them collectives in a node wait for those between nodes. That Tutel's gradients wait for the end is inferred
-from what FSMoE calls improved.
+In all of them collectives in a node, the sequence's too, wait for those between nodes. That Tutel's gradients wait for
+the end is inferred from what FSMoE calls improved.
+
+Ours: PipeMoE's model knows no collectives in the node, of which half of both is added to its all-to-all; the one degree
+is that of least time of forward and backward together; Tutel tries its degrees on the job, here PipeMoE's model chooses
+among them. Of Lina is left out that it cuts each tensor separately (here a layer's gradient is one) and sends nothing
+while the combine computes.
 """
 
 from __future__ import annotations
@@ -30,7 +35,7 @@ def pipemoe_s(times: LayerTimes, degree: int) -> float:
 
     Args:
         times: of a layer in one direction; t_d is of an all-to-all, to which collectives in the node add (half of both,
-            as they wait for each other).
+            as they wait for each other; ours).
         degree: r >= 1.
 
     Returns:
@@ -43,7 +48,7 @@ def pipemoe_s(times: LayerTimes, degree: int) -> float:
 
 
 def pipemoe_degree(work: LayerWork, costs: Costs, degrees: Sequence[int] = PIPEMOE_DEGREES) -> int:
-    """One degree for forward and backward, of least time of both together; of equally good ones the first.
+    """One degree for forward and backward, of least time of both together (ours); of equally good ones the first.
 
     Args:
         work: of the layer.
@@ -66,7 +71,7 @@ def plan_sequential(layers: Sequence[LayerWork], costs: Costs, carried_bytes: fl
 
 
 def plan_tutel_overlap(layers: Sequence[LayerWork], costs: Costs, carried_bytes: float = 0.0) -> StepPlan:
-    """Tutel with an adaptive degree."""
+    """Tutel with an adaptive degree, chosen by PipeMoE's model (ours)."""
     return _in_the_end(layers, [pipemoe_degree(work, costs, TUTEL_DEGREES) for work in layers], carried_bytes)
 
 

@@ -5,7 +5,9 @@
 
 with C compress, A all-to-all, D decompress, E experts. Pipe-A2A sends to the ranks of the own node over the link in the
 node, beside the rest over the link between nodes; an all-to-all has ended when both have. Backward runs the same seven.
-The degree is PipeMoE's, as the paper leaves it to Tutel and PipeMoE; dense gradients are reduced in the end.
+The degree is PipeMoE's, as the paper leaves it to Tutel and PipeMoE, and so is the rest of a step: dense gradients are
+reduced in the end. Without compression and with nothing sent in the node only the order is left, which then is
+PipeMoE's: `schemoe_order_only` takes the same time.
 """
 
 from __future__ import annotations
@@ -13,9 +15,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from baselines.overlap_schedules import pipemoe_degree
-from moe.schedules import BACKWARD_WORK, COMPUTE, INTER, INTRA, Builder, LayerWork
-from moe.simulator import MEASURED, Costs, Program, Task
+from baselines.overlap_schedules import plan_pipemoe
+from moe.schedules import BACKWARD_WORK, INTER, INTRA, Builder, LayerPlan, LayerWork, step_tasks
+from moe.simulator import Costs, Program, Task
 
 
 @dataclass(frozen=True)
@@ -47,53 +49,24 @@ class ScheMoE:
     def __call__(self, layers: Sequence[LayerWork], costs: Costs, carried_bytes: float = 0.0) -> list[Task]:
         """Tasks of a step; arguments as of `moe.schedules.Builder`.
 
-        Collectives over expert shards, which ScheMoE does not have, are part of the layer: they follow the first and
-        precede the second all-to-all on its link.
+        Collectives over expert shards, which ScheMoE does not have, are part of the layer (ours): they follow the first
+        and precede the second all-to-all on its link.
         """
-        program = Program()
-        after: tuple[int, ...] = ()
-        degrees = [pipemoe_degree(work, costs) for work in layers]
-        for index, (work, degree) in enumerate(zip(layers, degrees, strict=True)):
-            after = self._layer(program, index, work, degree, False, after)
-        for index in reversed(range(len(layers))):
-            after = self._layer(program, index, layers[index], degrees[index], True, after)
-        gradient = carried_bytes + sum(work.gradient_bytes for work in (layers[1:] if carried_bytes else layers))
-        if gradient:
-            program.add(Task("all_reduce", INTER, "all_reduce", gradient, after=after, backward=True))
-        return program.tasks
+        return step_tasks(layers, plan_pipemoe(layers, costs, carried_bytes), carried_bytes, self.pipeline)
 
-    def _layer(
-        self, program: Program, index: int, work: LayerWork, degree: int, backward: bool, after: tuple[int, ...]
-    ) -> tuple[int, ...]:
-        base = Task("dense", COMPUTE, MEASURED, work.dense_s, after=after, layer=index, backward=backward)
-        sequence = replace(base, resource=INTRA, work=work.sequence_bytes)
-
-        def around(operation: str, waits_for: tuple[int, ...]) -> tuple[int, ...]:
-            if not work.sequence_bytes:
-                return waits_for
-            task = replace(sequence, kind=f"sequence_{operation}", operation=operation, after=waits_for)
-            return (program.add(task),)
-
-        if not backward:
-            after = (program.add(base),)
-        after = self.pipeline(program, replace(base, after=around("reduce_scatter", after)), work, degree)
-        after = around("all_gather", after)
-        if backward:
-            after = (program.add(replace(base, work=work.dense_backward_s, after=after)),)
-        return after
-
-    def pipeline(self, program: Program, base: Task, work: LayerWork, degree: int) -> tuple[int, ...]:
-        """The seven tasks of every chunk.
+    def pipeline(self, program: Program, base: Task, work: LayerWork, plan: LayerPlan) -> tuple[int, ...]:
+        """The seven tasks of every chunk; a `moe.schedules.Pipeline`.
 
         Args:
             program: to add to.
             base: layer, direction and what the first tasks wait for.
             work: of the layer.
-            degree: r.
+            plan: says r.
 
         Returns:
             The last task of every chunk.
         """
+        degree = plan.num_chunks(base.backward)
         codec_s = self.compression.s_per_byte * work.all_to_all_bytes / degree
         times = BACKWARD_WORK if base.backward else 1
 
@@ -137,4 +110,4 @@ class ScheMoE:
         return tuple(task for tasks in last for task in tasks)
 
 
-SCHEDULES: dict[str, Builder] = {"schemoe": ScheMoE()}
+SCHEDULES: dict[str, Builder] = {"schemoe_order_only": ScheMoE()}

@@ -6,9 +6,9 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning as L
 import numpy as np
@@ -26,7 +26,7 @@ from experiments.results import MetricRow, RunDir
 from experiments.timing import synchronise
 from moe.mesh import Mesh
 from moe.metering import CLASSES, LinkMeter
-from moe.system import MoEOutput
+from moe.system import MoELayer, MoEOutput
 
 MAX_COUNTS_BYTES = 1 << 28
 """Of the counts of copies by rank and expert; where there are more, every second logged step is kept."""
@@ -68,6 +68,8 @@ class Recorder(L.Callback):
         self.progress = Progress(config, start_step) if info.rank == 0 else None
         self.rows: list[MetricRow] = []
         self.counts: list[np.ndarray] = []
+        self.replicas: list[np.ndarray | None] = []  # beside each of the counts
+        self.places: list[np.ndarray | None] = []  # likewise
         self.counted_steps: list[int] = []
         self.sample: tuple[int, np.ndarray] | None = None
         self.observed: dict[str, np.ndarray] = {}
@@ -76,7 +78,8 @@ class Recorder(L.Callback):
         self._level_WP = torch.tensor(
             [[mesh.cluster.level_of(rank, rank - rank % ep_size + place) for place in range(ep_size)] for rank in ranks]
         )
-        self._pending: list[tuple[int, Tensor]] = []
+        self._whereabouts = Whereabouts(None, None)  # of the step under way
+        self._pending: list[tuple[int, Tensor, Whereabouts]] = []
         self._gather_after = 1
         self._interval_start, self._interval_step = 0.0, start_step
         self._watching: list[RemovableHandle] = []
@@ -94,6 +97,8 @@ class Recorder(L.Callback):
             kept = routing["steps"] < start_step
             self.counts = list(routing["dispatch_counts"][kept])
             self.counted_steps = routing["steps"][kept].tolist()
+            self.replicas = list(routing.get("replica_counts", np.full(len(kept), None))[kept])
+            self.places = list(routing.get("expert_of_slot", np.full(len(kept), None))[kept])
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Start the clock, and take SIGTERM back: Lightning's handler would broadcast amid the model's collectives."""
@@ -105,9 +110,10 @@ class Recorder(L.Callback):
         self._cpu_start = time.thread_time()
 
     def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_idx: int) -> None:
-        """Count this step's bytes only; watch the choices of the last one."""
+        """Count this step's bytes only; note where its experts are; watch the choices of the last one."""
         assert isinstance(module, LanguageModel)
         self.meter.reset()
+        self._whereabouts = whereabouts_of(module.gpt.moe_layers)  # now: after the step they are those of the next one
         if trainer.global_step + 1 == self.config.trainer.max_steps:
             self._watch_choices(module)
 
@@ -136,7 +142,7 @@ class Recorder(L.Callback):
         step_s = (time.perf_counter() - self._interval_start) / num_steps
         harness_s = (time.thread_time() - self._cpu_start - module.work_cpu_s) / num_steps
         module.work_cpu_s, self._cpu_start = 0.0, time.thread_time()
-        self._pending.append((done - 1, self._numbers(module, step_s, harness_s)))
+        self._pending.append((done - 1, self._numbers(module, step_s, harness_s), self._whereabouts))
         self._restart_interval(done)
 
     def _restart_interval(self, step: int) -> None:
@@ -163,7 +169,7 @@ class Recorder(L.Callback):
 
     def _gather(self, num_layers: int) -> None:
         """Share the pending steps' numbers, agree on stopping, and keep the rows on rank 0. Collective."""
-        mine = torch.stack([numbers for _, numbers in self._pending]).to(self.mesh.device)
+        mine = torch.stack([numbers for _, numbers, _ in self._pending]).to(self.mesh.device)
         parts = [torch.empty_like(mine) for _ in range(self.mesh.world_size)]
         dist.all_gather(parts, mine)
         gathered = torch.stack(parts, dim=1).cpu()  # [steps, W, n]
@@ -171,11 +177,11 @@ class Recorder(L.Callback):
         slowest_s = float(gathered[:, :, 1].max())  # the same on all ranks, so they gather together next time, too
         self._gather_after = min(GATHER_STEPS, max(1, int(GATHER_S / slowest_s)))
         if self.info.rank == 0:
-            for (step, _), numbers in zip(self._pending, gathered, strict=True):
-                self._record(step, numbers, num_layers)
+            for (step, _, whereabouts), numbers in zip(self._pending, gathered, strict=True):
+                self._record(step, numbers, num_layers, whereabouts)
         self._pending.clear()
 
-    def _record(self, step: int, numbers: Tensor, num_layers: int) -> None:
+    def _record(self, step: int, numbers: Tensor, num_layers: int, whereabouts: Whereabouts) -> None:
         num_experts, num_levels = self.config.model.num_experts, len(self.mesh.cluster.levels)
         sizes = [1] * 7 + [num_layers, num_layers * num_experts, num_levels * len(CLASSES)]
         _, step_s, harness_s, rate, norm, loss, aux_loss, dropped, counts, sent = numbers.split(sizes, dim=1)
@@ -194,17 +200,25 @@ class Recorder(L.Callback):
                 if value:
                     self._add(step, "bytes", float(value), "B/step", f"{level}/{kind}")
         by_rank = counts.view(-1, num_layers, num_experts)
-        for level, share in zip(self.mesh.cluster.level_names, self._shares_by_level(by_rank.sum(1)), strict=True):
-            self._add(step, "routed_share", share, "1", level)
+        replicas_LE, places_LE = whereabouts
+        if replicas_LE is None:  # else the counts do not say which replica took a copy, nor how far that is
+            by_slot = by_rank
+            if places_LE is not None:
+                by_slot = by_rank.gather(2, torch.from_numpy(places_LE).long().expand_as(by_rank))
+            for level, share in zip(self.mesh.cluster.level_names, self._shares_by_level(by_slot.sum(1)), strict=True):
+                self._add(step, "routed_share", share, "1", level)
         self.counts.append(by_rank.transpose(0, 1).to(torch.int32).numpy())
+        self.replicas.append(replicas_LE)
+        self.places.append(places_LE)
         self.counted_steps.append(step)
         if len(self.counts) * self.counts[-1].nbytes > MAX_COUNTS_BYTES:  # every second, the latest among them
             self.counts, self.counted_steps = self.counts[::-2][::-1], self.counted_steps[::-2][::-1]
+            self.replicas, self.places = self.replicas[::-2][::-1], self.places[::-2][::-1]
         assert self.progress is not None
         self.progress.advance(step + 1, float(loss.mean()))
 
     def _shares_by_level(self, counts_WE: Tensor) -> list[float]:
-        """Of all copies, how many have their expert at each level's distance; experts lie in order, as many a rank."""
+        """Of all copies, how many have their expert at each level's distance; experts in the order of their slots."""
         copies_WP = counts_WE.view(len(counts_WE), self.mesh.ep_size, -1).sum(2)
         levels = range(len(self.mesh.cluster.levels))
         return [float(copies_WP[self._level_WP == level].sum() / copies_WP.sum()) for level in levels]
@@ -246,10 +260,38 @@ class Recorder(L.Callback):
         if not self.counts:  # a checkpoint before the first logged step
             return
         arrays = {"steps": np.array(self.counted_steps, dtype=np.int64), "dispatch_counts": np.stack(self.counts)}
+        for name, by_step in (("replica_counts", self.replicas), ("expert_of_slot", self.places)):
+            told = [array for array in by_step if array is not None]
+            if len(told) == len(self.counts):
+                arrays[name] = np.stack(told)
         arrays |= self.observed
         if self.sample is not None:
             arrays |= {"sample_step": np.array(self.sample[0]), "sample_expert_ids": self.sample[1]}
         self.run_dir.write_routing(**arrays)
+
+
+class Whereabouts(NamedTuple):
+    """Where a step's experts are; both None where they are in order, one each.
+
+    Attributes:
+        replicas_LE: int16 [layers, E], slots of each expert; None where each has one.
+        places_LE: int16 [layers, E], which expert is in each slot; None where they stay, or have replicas.
+    """
+
+    replicas_LE: np.ndarray | None
+    places_LE: np.ndarray | None
+
+
+def whereabouts_of(layers: Sequence[MoELayer]) -> Whereabouts:
+    """Of the experts in the step that comes.
+
+    Args:
+        layers: of one system, in order.
+    """
+    replicas, places = [layer.replicas_E for layer in layers], [layer.expert_of_slot for layer in layers]
+    if None not in replicas:
+        return Whereabouts(np.array(replicas, dtype=np.int16), None)
+    return Whereabouts(None, None if None in places else np.array(places, dtype=np.int16))
 
 
 class Validator(L.Callback):

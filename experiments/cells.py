@@ -77,8 +77,10 @@ def _text_has_changed(config: RunConfig, tokens: TokenSet) -> bool:
     return run_dir_of(config).read_manifest().get("text_sha256", tokens.fingerprint) != tokens.fingerprint
 
 
-def _expert_ranks(config: RunConfig) -> int | None:
-    return None if registry.get(config.system.name).shards_experts else 1
+def _expert_ranks(config: RunConfig) -> float:
+    num_ranks = config.cluster.world_size
+    system = registry.create(config.system.name, config.system.options)
+    return num_ranks / system.expert_copies(config.model.num_experts, num_ranks)
 
 
 def _check_start(config: RunConfig) -> None:

@@ -1,7 +1,7 @@
 """FSMoE's tables 2 and 5 and figure 5 by simulation: every schedule on the paper's layers and testbeds.
 
-No system's code runs: durations come from the paper's own numbers, in three variants (`methods.fsmoe_calibration`), so
-every row says `simulated` and where its costs are from.
+No system's code runs: durations come from the paper's own numbers, in several variants (`methods.fsmoe_calibration`).
+Every row says where its costs are from, what in them is ours, and how our number came to be (`Kind`).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Literal, TypedDict
 
 from baselines import overlap_schedules, schemoe_schedule
 from methods import fsmoe_schedule
-from methods.fsmoe_calibration import CALIBRATED, VARIANTS
+from methods.fsmoe_calibration import CALIBRATED, CONTENTION, TABLE_5_VARIANTS, contended
 from methods.fsmoe_paper import (
     COMMUNICATION_SIZES,
     ELEMENT_BYTES,
@@ -42,40 +42,48 @@ SCHEDULES: dict[str, Builder] = {
 """All schedules by name."""
 
 
+Kind = Literal["simulated", "modelled", "fitted"]
+"""How our number came to be: as the end of a timeline, by formulas without one, or by a fit to the paper's number that
+stands beside it (so that the two say nothing about each other)."""
+
+
 class Row(TypedDict):
     """A number beside the paper's.
 
     Attributes:
         quantity: what of.
         testbed: of the paper; both where it gives one number for both.
-        costs: where the simulation's durations are from.
+        costs: where the durations of operations are from.
         paper: the paper's own number, measured; None where it states none.
-        simulated: ours.
+        ours: our number.
         unit: of both.
-        kind: how ours came to be: always `simulated` here.
-        source: where the paper's stands, and what is not verified.
+        kind: how ours came to be.
+        source: where the paper's stands, what is not verified, what is ours, what is not reproduced.
     """
 
     quantity: str
     testbed: str
     costs: str
     paper: float | None
-    simulated: float
+    ours: float
     unit: str
-    kind: Literal["simulated"]
+    kind: Kind
     source: str
 
 
-def row_of(quantity: str, testbed: Testbed, paper: float | None, simulated: float, unit: str, source: str) -> Row:
+def row_of(
+    quantity: str, testbed: Testbed, paper: float | None, ours: float, unit: str, kind: Kind, source: str
+) -> Row:
+    """A row; arguments as of `Row`, and the testbed says its costs and what in them is ours."""
     return Row(
         quantity=quantity,
         testbed=testbed.name,
         costs=testbed.costs_from,
         paper=paper,
-        simulated=simulated,
+        ours=ours,
         unit=unit,
-        kind="simulated",
-        source=source,
+        kind=kind,
+        source="; ".join([source, *testbed.remarks]),
     )
 
 
@@ -96,37 +104,87 @@ TABLE_5_SOURCE = (
     "Table 5, mean of ratios over the configured layers; k = 2, f = * as f = 1, units of the fits, and that "
     "gradients of the layer before, equally large, are hidden in a layer not verified"
 )
+ORDER_ONLY = "without compression and with nothing sent in the node ScheMoE is PipeMoE"
+DEGREES_SOURCE = f"section 4; {TABLE_5_SOURCE}; the released code's r = 1 for all-to-alls below 1 ms left out"
+NOT_REPRODUCED = "not reproduced"
 
 
 def table_5_rows(every: int = 1) -> list[Row]:
-    """Mean speed-up over Tutel on the 1458 layers of each testbed, with all variants of costs.
+    """Mean speed-up over Tutel on the 1458 layers of each testbed, with all variants of costs, and of how many layers
+    the best degrees differ.
 
     A layer stands in an endless row of its like: the gradients of one are reduced in the next.
 
     Args:
         every: one layer in so many only (for a quick look).
     """
-    return [row for variants in VARIANTS.values() for testbed in variants for row in _table_5_rows(testbed, every)]
+    return [
+        row for variants in TABLE_5_VARIANTS.values() for testbed in variants for row in _table_5_rows(testbed, every)
+    ]
 
 
 def _table_5_rows(testbed: Testbed, every: int) -> list[Row]:
-    works = [layer_work(layer, testbed) for layer in configured_layers(testbed)][::every]
-    unlike = set(works)  # the number of heads changes no cost
-    seconds = {
-        schedule: {work: makespan_s(simulated(schedule, [work], testbed, work.gradient_bytes)) for work in unlike}
-        for schedule in SCHEDULES
-    }
+    works = _works(testbed, every)
     rows = []
-    for schedule, own in seconds.items():
-        speedup = fmean(seconds["tutel_overlap"][work] / own[work] for work in works)
-        quantity = f"mean speed-up of {schedule} over tutel_overlap, {len(works)} layers"
-        paper = TABLE_5[testbed.name].get(schedule)
-        rows.append(row_of(quantity, testbed, paper, speedup, "x", TABLE_5_SOURCE))
-    plans = {work: fsmoe_schedule.plan_fsmoe([work], testbed.costs, work.gradient_bytes).layers[0] for work in unlike}
+    for schedule, speedup in _speedups(SCHEDULES, testbed, works).items():
+        source = f"{TABLE_5_SOURCE}; {ORDER_ONLY}" if schedule == "schemoe_order_only" else TABLE_5_SOURCE
+        rows.append(_table_5_row(schedule, testbed, speedup, len(works), source))
+    plans = {
+        work: fsmoe_schedule.plan_fsmoe([work], testbed.costs, work.gradient_bytes).layers[0] for work in set(works)
+    }
     different = sum(plans[work].degree != plans[work].backward_degree for work in works)
     paper = OTHER_DEGREE_CASES.get(testbed.name) if every == 1 else None
     quantity = "layers of unlike best degrees forward and backward"
-    return [*rows, row_of(quantity, testbed, paper, different, "layers", f"section 4; {TABLE_5_SOURCE}")]
+    source = f"{DEGREES_SOURCE}; {NOT_REPRODUCED}" if paper else DEGREES_SOURCE
+    return [*rows, row_of(quantity, testbed, paper, different, "layers", "modelled", source)]
+
+
+def _works(testbed: Testbed, every: int) -> list[LayerWork]:
+    """One in so many of the 1458 layers."""
+    return [layer_work(layer, testbed) for layer in configured_layers(testbed)][::every]
+
+
+def _speedups(schedules: Iterable[str], testbed: Testbed, works: Sequence[LayerWork]) -> dict[str, float]:
+    """Mean speed-up of each schedule over Tutel."""
+
+    def seconds(schedule: str) -> dict[LayerWork, float]:
+        # Of unlike layers only: the number of heads changes no cost.
+        return {work: makespan_s(simulated(schedule, [work], testbed, work.gradient_bytes)) for work in set(works)}
+
+    base = seconds("tutel_overlap")
+    speedups = {}
+    for schedule in schedules:
+        own = seconds(schedule)
+        speedups[schedule] = fmean(base[work] / own[work] for work in works)
+    return speedups
+
+
+def _table_5_row(schedule: str, testbed: Testbed, speedup: float, num_layers: int, source: str) -> Row:
+    """FSMoE on testbed A is what contention was fitted to."""
+    is_target = (schedule, testbed.name, testbed.contention) == ("fsmoe", "A", CONTENTION)
+    quantity = f"mean speed-up of {schedule} over tutel_overlap, {num_layers} layers"
+    paper = TABLE_5[testbed.name].get(schedule)
+    return row_of(quantity, testbed, paper, speedup, "x", "fitted" if is_target else "simulated", source)
+
+
+CONTENTIONS = (1.0, 1.2, 1.4, 1.6, 2.0)
+
+
+def contention_rows(every: int = 1) -> list[Row]:
+    """FSMoE's mean speed-up over Tutel in table 5, with table 2's costs, by how much the links slow each other. In all
+    other schedules of that table one waits for the other, so that contention changes nothing.
+
+    Args:
+        every: one layer in so many only (for a quick look).
+    """
+    rows = []
+    for calibrated in CALIBRATED.values():
+        works = _works(calibrated, every)
+        for contention in CONTENTIONS:
+            testbed = contended(calibrated, contention)
+            speedup = _speedups(["fsmoe"], testbed, works)["fsmoe"]
+            rows.append(_table_5_row("fsmoe", testbed, speedup, len(works), TABLE_5_SOURCE))
+    return rows
 
 
 TABLE_2_SOURCE = (
@@ -140,7 +198,8 @@ def table_2_rows() -> list[Row]:
     have no fit, hence no row."""
     models = {model.name: model for model in MODELS}
     rows: list[Row] = []
-    for testbeds in (TESTBEDS, CALIBRATED):
+    kinds: tuple[tuple[Kind, dict[str, Testbed]], ...] = (("modelled", TESTBEDS), ("fitted", CALIBRATED))
+    for kind, testbeds in kinds:
         for (testbed_name, model_name), stated in TABLE_2.items():
             testbed = testbeds[testbed_name]
             work = layer_work(models[model_name].layer(TABLE_2_BATCH, TABLE_2_LENGTH), testbed)
@@ -149,7 +208,8 @@ def table_2_rows() -> list[Row]:
                 for operation, paper in zip(TABLE_2_OPERATIONS, milliseconds, strict=True):
                     if operation in ours and paper:  # nothing is reduced in forward
                         quantity = f"{operation}, {model_name}, {direction}"
-                        rows.append(row_of(quantity, testbed, paper, 1e3 * ours[operation], "ms", TABLE_2_SOURCE))
+                        took_ms = 1e3 * ours[operation]
+                        rows.append(row_of(quantity, testbed, paper, took_ms, "ms", kind, TABLE_2_SOURCE))
     return rows
 
 
@@ -183,7 +243,7 @@ def figure_5_rows() -> list[Row]:
                 milliseconds = 1e3 * testbed.costs[operation].predict(size if gemm else ELEMENT_BYTES * size)
                 quantity = f"{operation}, {size} {'multiply-adds' if gemm else 'elements'}"
                 source = f"Figure 5, the line; r2 {r2}; units not verified"
-                rows.append(row_of(quantity, testbed, None, milliseconds, "ms", source))
+                rows.append(row_of(quantity, testbed, None, milliseconds, "ms", "modelled", source))
     return rows
 
 

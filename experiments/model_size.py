@@ -65,9 +65,9 @@ class ParameterCount:
         """Parameters that one token meets, the embedding counted whole (as Mixtral's 12.9 billion are)."""
         return self.shared + self.active_experts
 
-    def per_rank(self, expert_ranks: int) -> int:
-        """Parameters of one rank when the experts are spread over `expert_ranks` ranks."""
-        return self.shared + self.experts // expert_ranks
+    def per_rank(self, expert_ranks: float) -> int:
+        """Parameters of one rank when the experts are spread over `expert_ranks` ranks (ranks by copies of each)."""
+        return self.shared + int(self.experts / expert_ranks)
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ def activation_bytes(model: ModelConfig, tokens: int, element_bytes: int) -> int
 
 
 def estimate_memory(
-    model: ModelConfig, trainer: TrainerConfig, world_size: int, expert_ranks: int | None = None
+    model: ModelConfig, trainer: TrainerConfig, world_size: int, expert_ranks: float | None = None
 ) -> MemoryEstimate:
     """Bytes of one rank.
 
@@ -148,7 +148,8 @@ def estimate_memory(
         model: shapes.
         trainer: its batch and its precision (`auto` counts as fp32).
         world_size: ranks; the batch is spread over them.
-        expert_ranks: ranks that the experts are spread over; None is all, 1 means that every rank holds all experts.
+        expert_ranks: ranks that the experts are spread over, by copies that are trained of an expert; None is all, 1
+            means that every rank holds as many experts as there are.
     """
     parameters = count_parameters(model).per_rank(expert_ranks or world_size)
     copies = BFLOAT16_BYTES if trainer.precision == "bf16" else 0
@@ -180,7 +181,7 @@ def check_fits(
     trainer: TrainerConfig,
     cluster: ClusterConfig,
     available: int | None = None,
-    expert_ranks: int | None = None,
+    expert_ranks: float | None = None,
 ) -> MemoryEstimate:
     """The estimate, if one rank can hold it.
 
@@ -205,7 +206,7 @@ def check_fits(
 
 
 def describe(
-    model: ModelConfig, trainer: TrainerConfig, cluster: Cluster | ClusterConfig, expert_ranks: int | None = None
+    model: ModelConfig, trainer: TrainerConfig, cluster: Cluster | ClusterConfig, expert_ranks: float | None = None
 ) -> str:
     """Two lines to print before anything is allocated: the parameters, and the memory of one rank."""
     count = count_parameters(model)

@@ -32,6 +32,8 @@ COLUMN_TYPES = {int: pa.int64(), float: pa.float64(), str: pa.string()}
 ROUTING_ARRAYS = {
     "steps": (np.int64, 1),
     "dispatch_counts": (np.int32, 4),
+    "replica_counts": (np.int16, 3),
+    "expert_of_slot": (np.int16, 3),
     "target_shares": (np.float64, 2),
     "sample_step": (np.integer, 0),
     "sample_expert_ids": (np.int16, 3),
@@ -279,9 +281,11 @@ class RunDir:
 
         Args:
             arrays: `steps` int64 [steps]; `dispatch_counts` (copies that each rank's tokens chose for each expert)
-                int32 [steps, moe_layers, W, E]; `sample_step` int scalar and `sample_expert_ids` (the joint choices of
-                all its tokens) int16 [moe_layers, T_global, K]; what the layers' `observations` tell. Any of them may
-                be missing.
+                int32 [steps, moe_layers, W, E]; `replica_counts` (slots that each expert had in the step, where experts
+                have replicas: `moe.system.MoELayer.replicas_E`) int16 [steps, moe_layers, E]; `expert_of_slot`
+                (where they change places) int16 [steps, moe_layers, E]; `sample_step` int scalar and
+                `sample_expert_ids` (the joint choices of all its tokens) int16 [moe_layers, T_global, K]; what the
+                layers' `observations` tell. Any of them may be missing.
         """
         for name, array in arrays.items():
             kind, num_dims = ROUTING_ARRAYS.get(name, (np.number, array.ndim))

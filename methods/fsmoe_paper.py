@@ -33,6 +33,7 @@ class Testbed:
         costs_from: where costs are from.
         gate_s: seconds of gate and order, in either direction.
         contention: how many times as long a collective takes while one on the other link runs.
+        remarks: what in costs and contention is ours; every row says so.
     """
 
     name: str
@@ -44,6 +45,13 @@ class Testbed:
     costs_from: str = "figure 5"
     gate_s: float = 0.0
     contention: float = 1.0
+    remarks: tuple[str, ...] = ()
+
+
+GEMM_UNIT = "GEMM's beta per multiply-add is our reading of the unit; exceeds the cards' fp32 peak"
+"""45 TFLOP/s on an RTX 2080 Ti, whose peak is about 13, and 87 on an RTX A6000 of about 39. PipeMoE's released solver
+counts n_e = 4 k f B L M H, four a multiply-add, with a beta like figure 5's (`fsmoe_calibration.with_gemm_times_4`)."""
+MISREAD_BETAS = "A's all-gather/all-reduce betas read as e-7 (ours)"
 
 
 def _fits(**fits: tuple[float, float]) -> dict[str, AlphaBeta]:
@@ -65,6 +73,7 @@ TESTBED_A = Testbed(
         reduce_scatter=(3.95e-1, 2.34e-7),
         all_reduce=(5.11e-1, 4.95e-7),
     ),
+    remarks=(GEMM_UNIT, MISREAD_BETAS),
 )
 """As printed but for the exponents of the betas of all-gather and all-reduce, printed e-6: a node's links would carry
 0.4 GB/s one way (all-gather) and 4.3 GB/s the other (reduce-scatter). Read as misprints of e-7 (ours)."""
@@ -82,6 +91,7 @@ TESTBED_B = Testbed(
         reduce_scatter=(3.91e-2, 1.67e-7),
         all_reduce=(8.37e-2, 5.99e-7),
     ),
+    remarks=(GEMM_UNIT,),
 )
 TESTBEDS = {"A": TESTBED_A, "B": TESTBED_B}
 
@@ -104,7 +114,8 @@ TABLE_5 = {
 }
 """Mean speed-up over Tutel on the 1458 layers."""
 OTHER_DEGREE_CASES = {"B": 912}
-"""Layers of the 1458 whose best degree differs between forward and backward."""
+"""Layers of the 1458 whose best degree differs between forward and backward. The released code takes r = 1 in both
+where an unsplit all-to-all takes less than 1 ms, which `fsmoe_solver` leaves out: it bears on this number."""
 
 FIGURE_6_OVER = {"tutel_overlap": 1.19, "tutel_improved": 1.12, "pipemoe_lina": 1.14, "fsmoe_no_iio": 1.07}
 """Mean speed-up of FSMoE over the others, on the models and both testbeds."""
@@ -186,7 +197,7 @@ class Layer:
 
     @property
     def attention_parameters(self) -> float:
-        """Of the four projections over all ranks: 4 M^2, or 2.5 M^2 with a quarter of the heads for keys and values."""
+        """Of the four projections over all ranks: 4 M^2, or 2.5 M^2 for Mixtral, both as in the released code."""
         return (2.5 if self.gated else 4) * self.model_dim**2
 
     def attention_work(self) -> float:

@@ -1,7 +1,9 @@
 """FSMoE's schedule as a plan: a degree for each layer and direction, and the gradient in slices (arXiv 2501.10714).
 
 `fsmoe` runs collectives in a node beside those between nodes; `fsmoe_no_iio` (no intra-inter overlap, the paper's
-ablation) lets them wait for each other and is the same otherwise.
+ablation) lets them wait for each other, the sequence's too, and is the same otherwise. The plan knows no contention of
+the two links: with it some small layers are faster without the overlap, and where it is strong (2, see
+`experiments.simulate contention`) little is gained over Tutel.
 """
 
 from __future__ import annotations
@@ -14,10 +16,16 @@ from moe.schedules import Builder, LayerPlan, LayerTimes, LayerWork, StepPlan, l
 from moe.simulator import Costs
 
 
-def dense_window_s(work: LayerWork, costs: Costs) -> float:
-    """Seconds that the link between nodes idles beside a layer's dense part in backward: the dense part's own and the
-    tensor-parallel collectives around it, which are in the node."""
-    if not work.sequence_bytes:
+def dense_window_s(work: LayerWork, costs: Costs, one_link: bool = False) -> float:
+    """Seconds that the link between nodes idles beside a layer's dense part in backward: the dense part's own and,
+    unless they wait for that link, those of the tensor-parallel collectives around it, which are in the node.
+
+    Args:
+        work: of the layer.
+        costs: of `all_gather` and `reduce_scatter`.
+        one_link: collectives in the node wait for those between nodes.
+    """
+    if one_link or not work.sequence_bytes:
         return work.dense_backward_s
     around = (costs[operation].predict(work.sequence_bytes) for operation in ("all_gather", "reduce_scatter"))
     return work.dense_backward_s + sum(around)
@@ -40,7 +48,7 @@ def plan_fsmoe(
         return both.on_one_link() if one_link else both
 
     backward = [
-        BackwardLayer(times(work, backward=True), dense_window_s(work, costs), work.gradient_bytes)
+        BackwardLayer(times(work, backward=True), dense_window_s(work, costs, one_link), work.gradient_bytes)
         for work in reversed(layers)
     ]
     if carried_bytes:  # one period of many: what the last layer leaves is the next period's

@@ -10,7 +10,9 @@ last dispatch and the first combine, on the same link as these (0 in forward). T
     case 4: f4 = 2 a + r g + r s        the link in the node is never idle
 
 Which case holds is decided by seven predicates; where g = s that is the largest of the four, and elsewhere nearly so.
-`best_degree` therefore enumerates max(f1, ..., f4); `slsqp_degree` is the paper's algorithm 1 on the cases.
+`best_degree` therefore enumerates max(f1, ..., f4); `slsqp_degree` is the paper's algorithm 1 on the cases. Left out is
+a rule of the released code: r = 1 where an unsplit all-to-all takes less than 1 ms. It would make the layers whose
+degrees differ between the directions fewer than they are here, and here they are fewer than the paper's 912 of 1458.
 
 Degrees and G may be arrays (float64, broadcast together). Seconds throughout.
 """
@@ -150,13 +152,13 @@ def slsqp_degree(
 ) -> Choice:
     """The paper's algorithm 1: the least f of each case where that case holds, over real r, by SLSQP; then rounded.
 
-    As in the released code each way into a case is a problem of its own (the next start where one fails), and its r is
-    rounded to the `degrees` on both sides, which count only where the case still holds. If none is left (the region of
-    the optimum lies between two degrees) the first degree stands (ours).
+    As in the released code each way into a case is a problem of its own, and its r is rounded to the `degrees` on both
+    sides, which count only where the case still holds. Ours: a start is tried where the one before it failed, and if no
+    degree is left (the region of the optimum lies between two) the first one stands.
 
     Args:
         times, slice_s, degrees: as in `best_degree`.
-        starts: of the solver.
+        starts: of the solver; the released code's are 1, 2, 4 and 8.
     """
     unit_s = float(layer_s(times, 1.0, slice_s))
     assert unit_s > 0, f"a layer without work has no best degree: {times}"

@@ -44,7 +44,7 @@ class Options(BaseModel):
         move_every: steps between two moves; null: 1 for `swap`, 10 for `smartmoe`.
         swap_pairs: pairs of experts at most that a layer swaps at a time; the paper's is 1, more are ours.
         least_gain: share of the score that a swap must save; ours, the paper's is 0. It stands in for what moving
-            experts costs, which nothing here weighs against the gain. With `max` the score is a dispatch's modelled time.
+            experts costs, which nothing here weighs against the gain. With `max` that score is a modelled time.
         peak, gamma: how the fullest group is taken in scoring swaps, see `methods.hiermoe_swap.peak`.
     """
 
@@ -157,8 +157,8 @@ class HierMoE(System):
                 key = (layer.spec.num_experts, layer.dispatcher.num_levels, placement.slots_TK.shape)
                 alike.setdefault(key, []).append((layer, placement))
         moves = []
-        for layers in (few for layers in alike.values() for few in _cut(layers)):
-            for (layer, placement), ranked_N3 in zip(layers, self._ranked(layers).tolist(), strict=True):
+        for few in [few for layers in alike.values() for few in _cut(layers)]:
+            for (layer, placement), ranked_N3 in zip(few, self._ranked(few).tolist(), strict=True):
                 places = list(placement.expert_of_slot)
                 for a, b in gaining(ranked_N3, self.options.least_gain):
                     places[a], places[b] = places[b], places[a]

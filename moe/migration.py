@@ -49,12 +49,12 @@ def _migrate(layer: NativeMoE, expert_of_slot: Sequence[int], optimizer: Optimiz
         source = old_slot[expert]
         if source == slot or not (source in local or slot in local):
             continue
-        here = _state_of(layer.experts, (source if source in local else slot) - local.start, optimizer)
+        here = state_of(layer.experts, (source if source in local else slot) - local.start, optimizer)
         if source in local and slot in local:
-            incoming.append((_state_of(layer.experts, slot - local.start, optimizer), _packed(here)))
+            incoming.append((state_of(layer.experts, slot - local.start, optimizer), packed(here)))
             continue
         if source in local:
-            message = _packed(here)
+            message = packed(here)
             operations.append(dist.P2POp(dist.isend, message, layer.mesh.ep_ranks[slot // len(local)]))
             sent_bytes += message.numel()
         else:
@@ -64,13 +64,12 @@ def _migrate(layer: NativeMoE, expert_of_slot: Sequence[int], optimizer: Optimiz
     for work in dist.batch_isend_irecv(operations) if operations else []:
         work.wait()
     for tensors, message in incoming:
-        for tensor, part in zip(tensors, message.split([tensor.nbytes for tensor in tensors]), strict=True):
-            tensor.copy_(part.view(tensor.dtype).view(tensor.shape))
+        unpack(message, tensors)
     layer.set_placement(expert_of_slot)
     return sent_bytes
 
 
-def _state_of(experts: nn.Module, slot: int, optimizer: Optimizer) -> list[Tensor]:
+def state_of(experts: nn.Module, slot: int, optimizer: Optimizer) -> list[Tensor]:
     """What training knows of the expert in a slot of this rank: views of its weights and of their optimizer state,
     those of the widest elements first, so that each part of a message is aligned."""
     found = []
@@ -83,6 +82,12 @@ def _state_of(experts: nn.Module, slot: int, optimizer: Optimizer) -> list[Tenso
     return sorted(found, key=lambda tensor: -tensor.element_size())
 
 
-def _packed(tensors: Sequence[Tensor]) -> Tensor:
+def packed(tensors: Sequence[Tensor]) -> Tensor:
     """One message of bytes."""
     return torch.cat([tensor.reshape(-1).view(torch.uint8) for tensor in tensors])
+
+
+def unpack(message: Tensor, tensors: Sequence[Tensor]) -> None:
+    """Write a message of `packed` tensors into others of the same shapes and dtypes."""
+    for tensor, part in zip(tensors, message.split([tensor.nbytes for tensor in tensors]), strict=True):
+        tensor.copy_(part.view(tensor.dtype).view(tensor.shape))

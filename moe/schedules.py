@@ -9,13 +9,15 @@ A layer is an attention (with gate and order) and a mixture of experts, whose ex
 and around them a reduce-scatter and an all-gather of the tensor-parallel sequence. Without ESP (no bytes) the two
 collectives in the node are left out. Three resources of one rank that stands for all: `inter`, `intra`, `compute`.
 
-Which degree and which slices is a system's idea (a `StepPlan`); this file turns them into tasks for `moe.simulator`.
+Which degree and which slices is a system's idea (a `StepPlan`), and so may be the order of a pipeline's tasks (a
+`Pipeline`); this file turns them into tasks for `moe.simulator`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple
 
 from moe.simulator import MEASURED, Costs, Program, Task
@@ -128,6 +130,13 @@ class LayerPlan:
     moe_bytes: float = 0.0
     dense_bytes: float = 0.0
 
+    def __post_init__(self) -> None:
+        assert min(self.degree, self.backward_degree) >= 1, f"a layer in no chunk: {self}"
+
+    def num_chunks(self, backward: bool) -> int:
+        """Degree of a direction."""
+        return self.backward_degree if backward else self.degree
+
 
 @dataclass(frozen=True)
 class StepPlan:
@@ -136,9 +145,9 @@ class StepPlan:
     Args:
         layers: plans in the order of the forward pass.
         tail_bytes: of gradient, all-reduced in one piece when all backwards have ended.
-        filler_bytes: where given, gradients are cut into pieces of at most so many bytes, which fill gaps of the link
-            between nodes as soon as they exist; then no slice and no tail has bytes.
-        one_link: collectives in a node wait for those between nodes, and the other way round.
+        filler_bytes: where given, gradients are cut into pieces of at most so many bytes, > 0, which fill gaps of the
+            link between nodes as soon as they exist; then no slice and no tail has bytes.
+        one_link: collectives in a node, the sequence's too, wait for those between nodes, and the other way round.
     """
 
     layers: tuple[LayerPlan, ...]
@@ -146,13 +155,28 @@ class StepPlan:
     filler_bytes: float | None = None
     one_link: bool = False
 
+    def __post_init__(self) -> None:
+        if self.filler_bytes is not None:
+            assert self.filler_bytes > 0, f"pieces of {self.filler_bytes} bytes"
+            sliced = self.tail_bytes + sum(plan.moe_bytes + plan.dense_bytes for plan in self.layers)
+            assert not sliced, f"gradients are cut into pieces, and {sliced} bytes of them into slices"
+
+    @property
+    def in_node(self) -> str:
+        """What does the collectives in a node."""
+        return INTER if self.one_link else INTRA
+
 
 Planner = Callable[[Sequence[LayerWork], Costs, float], StepPlan]
 """A system's idea: from the layers in the order of the forward pass, the costs, and bytes of gradient that are there
 when backward begins (of a layer before that is not among them)."""
 
+Pipeline = Callable[[Program, Task, LayerWork, LayerPlan], tuple[int, ...]]
+"""Launches the chunks of a layer's mixture of experts in one direction, and returns the last task of each. The task
+that it is given says which layer, which direction, and what the first ones wait for."""
+
 Builder = Callable[[Sequence[LayerWork], Costs, float], list[Task]]
-"""A schedule: from the same, the tasks of a step."""
+"""A schedule: from the same as a planner, the tasks of a step."""
 
 
 def planned(planner: Planner) -> Builder:
@@ -164,28 +188,38 @@ def planned(planner: Planner) -> Builder:
     return build
 
 
-def step_tasks(layers: Sequence[LayerWork], plan: StepPlan, carried_bytes: float = 0.0) -> list[Task]:
+def step_tasks(
+    layers: Sequence[LayerWork], plan: StepPlan, carried_bytes: float = 0.0, pipeline: Pipeline | None = None
+) -> list[Task]:
     """Tasks of forward and backward.
 
     With `carried_bytes` the step is one period of an endless row of layers: gradients of a layer before are there when
-    backward begins, and those of its last layer are left to the next period.
+    backward begins, and those of its last layer are left to the next period. Backward then begins with the mixture; the
+    reduce-scatter before it stands at the end, as the next period's, so that a dense slice finds it beside itself.
 
     Args:
         layers: in the order of the forward pass.
         plan: of the same number of layers.
         carried_bytes: of gradient that is there when backward begins.
+        pipeline: of a mixture of experts; None: `fsmoe_pipeline`.
     """
     assert len(layers) == len(plan.layers), f"{len(layers)} layers, {len(plan.layers)} plans"
-    step = _Step(Program(), plan)
+    step = _Step(Program(), plan, pipeline or partial(fsmoe_pipeline, in_node=plan.in_node))
     after: tuple[int, ...] = ()
     for index, work in enumerate(layers):
         after = step.forward(index, work, after)
-    step.fill(carried_bytes, after, len(layers) - 1)
-    for index in reversed(range(len(layers))):
+    last = len(layers) - 1
+    step.fill(carried_bytes, after, last)
+    if not carried_bytes:
+        after = step.sequence("reduce_scatter", layers[last], last, True, after)
+    for index in range(last, -1, -1):
         after = step.backward(index, layers[index], after)
-        if not (carried_bytes and index == 0):
+        if index or not carried_bytes:
             step.fill(layers[index].gradient_bytes, after, index)
-    step.all_reduce(plan.tail_bytes, after, 0)
+        if index or carried_bytes:
+            following = index - 1 if index else last
+            after = step.sequence("reduce_scatter", layers[following], following, True, after)
+    _all_reduce(step.program, plan.tail_bytes, after, 0)
     return step.program.tasks
 
 
@@ -195,19 +229,21 @@ class _Step:
 
     program: Program
     plan: StepPlan
+    pipeline: Pipeline
 
     def forward(self, index: int, work: LayerWork, after: tuple[int, ...]) -> tuple[int, ...]:
         dense = Task("dense", COMPUTE, MEASURED, work.dense_s, after=after, layer=index)
         after = (self.program.add(dense),)
         after = self.sequence("reduce_scatter", work, index, False, after)
-        after = self.pipeline(index, work, False, after)
+        after = self.mixture(index, work, False, after)
         return self.sequence("all_gather", work, index, False, after)
 
     def backward(self, index: int, work: LayerWork, after: tuple[int, ...]) -> tuple[int, ...]:
-        after = self.sequence("reduce_scatter", work, index, True, after)
-        after = self.pipeline(index, work, True, after)
-        self.all_reduce(self.plan.layers[index].dense_bytes, after, index)
-        after = self.sequence("all_gather", work, index, True, after)
+        """From the mixture on; the sequence's reduce-scatter is before it."""
+        combined = self.mixture(index, work, True, after)
+        after = self.sequence("all_gather", work, index, True, combined)
+        # Launched second: on one link the dense part must not wait for the slice that is to run beside it.
+        _all_reduce(self.program, self.plan.layers[index].dense_bytes, combined, index)
         dense = Task("dense", COMPUTE, MEASURED, work.dense_backward_s, after=after, layer=index, backward=True)
         return (self.program.add(dense),)
 
@@ -217,53 +253,59 @@ class _Step:
         """The tensor-parallel collective before or after the experts: each is the other's backward."""
         if not work.sequence_bytes:
             return after
-        kind = f"sequence_{operation}"
-        task = Task(kind, INTRA, operation, work.sequence_bytes, after=after, layer=index, backward=backward)
+        kind, size = f"sequence_{operation}", work.sequence_bytes
+        task = Task(kind, self.plan.in_node, operation, size, after=after, layer=index, backward=backward)
         return (self.program.add(task),)
 
-    def pipeline(self, index: int, work: LayerWork, backward: bool, after: tuple[int, ...]) -> tuple[int, ...]:
-        """Chunks in the order that FSMoE launches (arXiv 2501.10714, figure 2 and released code): all dispatches, the
-        slice of gradient, all combines on one link; all gathers, then all scatters on the other."""
-        plan = self.plan.layers[index]
-        degree, times = (plan.backward_degree, BACKWARD_WORK) if backward else (plan.degree, 1)
-        exchange = Task("dispatch", INTER, "all_to_all", work.all_to_all_bytes / degree, layer=index, backward=backward)
-        in_node = INTER if self.plan.one_link else INTRA
-        shard = replace(
-            exchange, kind="gather", resource=in_node, operation="all_gather", work=work.shard_bytes / degree
-        )
-        experts = replace(
-            exchange,
-            kind="experts",
-            resource=COMPUTE,
-            operation="gemm",
-            work=times * work.expert_work / degree,
-            calls=times * work.expert_calls,
-        )
-        arrived = []
-        for chunk in range(degree):
-            ready = self.program.add(replace(exchange, after=after, chunk=chunk))
-            if work.shard_bytes:
-                ready = self.program.add(replace(shard, after=(ready,), chunk=chunk))
-            arrived.append(ready)
-        if backward:
-            self.all_reduce(plan.moe_bytes, after, index)
-        combined = []
-        for chunk, ready in enumerate(arrived):
-            done = self.program.add(replace(experts, after=(ready,), chunk=chunk))
-            if work.shard_bytes:
-                scatter = replace(shard, kind="scatter", operation="reduce_scatter", after=(done,), chunk=chunk)
-                done = self.program.add(scatter)
-            combined.append(self.program.add(replace(exchange, kind="combine", after=(done,), chunk=chunk)))
-        return tuple(combined)
-
-    def all_reduce(self, size_bytes: float, after: tuple[int, ...], index: int, background: bool = False) -> None:
-        if size_bytes > 0:
-            task = Task("all_reduce", INTER, "all_reduce", size_bytes, after=after, layer=index, backward=True)
-            self.program.add(replace(task, background=background))
+    def mixture(self, index: int, work: LayerWork, backward: bool, after: tuple[int, ...]) -> tuple[int, ...]:
+        base = Task("mixture", COMPUTE, MEASURED, 0.0, after=after, layer=index, backward=backward)
+        return self.pipeline(self.program, base, work, self.plan.layers[index])
 
     def fill(self, size_bytes: float, after: tuple[int, ...], index: int) -> None:
         """Pieces of a gradient for the gaps of the link between nodes, if the plan has such."""
         piece_bytes = self.plan.filler_bytes
         while piece_bytes and size_bytes > 0:
-            self.all_reduce(min(piece_bytes, size_bytes), after, index, background=True)
+            _all_reduce(self.program, min(piece_bytes, size_bytes), after, index, background=True)
             size_bytes -= piece_bytes
+
+
+def _all_reduce(
+    program: Program, size_bytes: float, after: tuple[int, ...], index: int, background: bool = False
+) -> None:
+    if size_bytes > 0:
+        task = Task("all_reduce", INTER, "all_reduce", size_bytes, after=after, layer=index, backward=True)
+        program.add(replace(task, background=background))
+
+
+def fsmoe_pipeline(
+    program: Program, base: Task, work: LayerWork, plan: LayerPlan, in_node: str = INTRA
+) -> tuple[int, ...]:
+    """Chunks in the order that FSMoE launches (arXiv 2501.10714, figure 2 and released code): all dispatches, the slice
+    of gradient, all combines on one link; all gathers, then all scatters on the other.
+
+    Args:
+        program, base, work, plan: as of a `Pipeline`.
+        in_node: what does the collectives in a node.
+    """
+    degree, times = plan.num_chunks(base.backward), BACKWARD_WORK if base.backward else 1
+    exchange = replace(base, resource=INTER, operation="all_to_all", work=work.all_to_all_bytes / degree)
+    shard = replace(base, resource=in_node, work=work.shard_bytes / degree)
+    experts = replace(base, kind="experts", operation="gemm", work=times * work.expert_work / degree)
+    experts = replace(experts, calls=times * work.expert_calls)
+    arrived = []
+    for chunk in range(degree):
+        ready = program.add(replace(exchange, kind="dispatch", chunk=chunk))
+        if work.shard_bytes:
+            gather = replace(shard, kind="gather", operation="all_gather", after=(ready,), chunk=chunk)
+            ready = program.add(gather)
+        arrived.append(ready)
+    if base.backward:
+        _all_reduce(program, plan.moe_bytes, base.after, base.layer)
+    combined = []
+    for chunk, ready in enumerate(arrived):
+        done = program.add(replace(experts, after=(ready,), chunk=chunk))
+        if work.shard_bytes:
+            scatter = replace(shard, kind="scatter", operation="reduce_scatter", after=(done,), chunk=chunk)
+            done = program.add(scatter)
+        combined.append(program.add(replace(exchange, kind="combine", after=(done,), chunk=chunk)))
+    return tuple(combined)

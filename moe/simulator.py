@@ -1,10 +1,13 @@
 """An event simulator of a training step: tasks on resources, each task as long as a fitted cost says.
 
 A resource is anything that does one thing at a time: a rank's compute stream, a level's link, or those of one rank that
-stands for all where all are alike. A task is abstract: it says what is done, how much of it and after what, so that the
-same list of tasks that is simulated here can be issued to real streams. Tasks stand in launch order, the order in which
-one host thread issues them: a resource takes its tasks in that order, as a CUDA stream does, and waits for the next one
+stands for all where all are alike. A task is abstract: it says what is done, how much of it and after what; the list of
+tasks that is simulated here is meant to be issued to real streams. Tasks stand in launch order, the order in which one
+host thread issues them: a resource takes its tasks in that order, as a CUDA stream does, and waits for the next one
 even where a later one could start. `background` tasks are the exception: they fill a resource's gaps.
+
+Not modelled: uneven routing (every rank and expert gets as much), skew between ranks (one rank stands for all), and
+collectives that take streaming multiprocessors from the computation beside them.
 """
 
 from __future__ import annotations
@@ -151,9 +154,8 @@ class _Run:
         self.followers: dict[int, list[int]] = defaultdict(list)
         self.waits_for = [len(task.after) for task in tasks]
         self.in_order: dict[str, deque[int]] = defaultdict(deque)
-        self.fillers: dict[str, list[int]] = defaultdict(
-            list
-        )  # heaps of those free to start, the first launched on top
+        # Heaps of those free to start, the first launched on top.
+        self.fillers: dict[str, list[int]] = defaultdict(list)
         for index, task in enumerate(tasks):
             for earlier in task.after:
                 assert earlier < index, f"task {index} waits for task {earlier}, which is launched later"

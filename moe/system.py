@@ -230,6 +230,10 @@ class System(ABC):
         """Plain sentences that say why this combination can't run; empty when it can."""
         return []
 
+    def expert_copies(self, num_experts: int, num_ranks: int) -> float:
+        """Copies that are trained of an expert over all ranks, the mean over experts, for the estimate of memory."""
+        return 1.0 if self.shards_experts else float(num_ranks)
+
     @abstractmethod
     def build_layer(self, spec: LayerSpec, mesh: Mesh) -> MoELayer:
         """A layer on `mesh.device`; the suite loads its weights afterwards (`moe.weights.load_layer`)."""

@@ -87,6 +87,21 @@ def measure(payload: dict[str, Any], info: RankInfo) -> dict[str, Any]:
     return {part: [facts[part] for facts in gathered] for part in parts}
 
 
+def four_levels(payload: dict[str, Any], info: RankInfo) -> list[dict[str, Any]]:
+    """Sixteen ranks: errors of four exchanges each way against one all-to-all-v, by dispatcher; of all ranks."""
+    torch.set_num_threads(1)
+    mesh = create_mesh(cluster_of([2, 2, 2, 2]), info.device)
+    spec = LayerSpec(model_dim=8, hidden_dim=8, num_experts=NUM_EXPERTS, top_k=3)
+    expected, flat = _step(spec, mesh, AllToAllDispatcher(mesh, NUM_EXPERTS))
+    facts: dict[str, Any] = {"flat": flat["bytes"]}
+    for name in ("HD", "H"):
+        got, told = _step(spec, mesh, HierarchicalDispatcher(mesh, NUM_EXPERTS, *DISPATCHERS[name]))
+        facts[name] = max(relative_error(value, expected[key]) for key, value in got.items()), told["bytes"]
+    gathered: list[Any] = [None] * info.world_size
+    dist.all_gather_object(gathered, facts)
+    return gathered
+
+
 def layers(mesh: Mesh, names: list[str]) -> dict[str, Any]:
     """Errors of the named dispatchers against one all-to-all-v, and what both sent, by layer."""
     facts: dict[str, Any] = {}

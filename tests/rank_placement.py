@@ -162,7 +162,7 @@ def checkpoint(folder: Path, mesh: Mesh) -> dict[str, Any]:
 def levels(info: RankInfo) -> dict[str, Any]:
     """How many levels the performance model chooses, and what it expects, on clusters with slow and fast networks."""
     spec = LayerSpec(model_dim=16, hidden_dim=16, num_experts=8, top_k=4)
-    facts = {}
+    facts: dict[str, Any] = {}
     for cluster in (CLUSTER, FAST_NETWORK):
         mesh = create_mesh(cluster, info.device)
         layer = create("hiermoe").build_layer(spec, mesh)

@@ -228,6 +228,20 @@ def test_a_target_that_is_none_is_told_and_left_out(tmp_path: Path, target: np.n
     assert "target_shares" in routing.flaw
 
 
+def test_copies_follow_experts_that_moved(tmp_path: Path) -> None:
+    """In slot s is expert 7 - s: what was for the last rank's experts is for the first rank."""
+    counts = dispatch_counts("ta_moe")
+    places = np.broadcast_to(np.arange(7, -1, -1, dtype=np.int16), (*counts.shape[:2], 8))
+    arrays = {"steps": np.arange(STEPS), "dispatch_counts": counts}
+    still = load_routing(load_run(write_run(tmp_path / "still", "flat", 0, arrays=arrays)))
+    moved = load_routing(load_run(write_run(tmp_path / "moved", "flat", 0, arrays=arrays | {"expert_of_slot": places})))
+    np.testing.assert_array_equal(moved.copies_SLWW, still.copies_SLWW[..., ::-1])
+    with pytest.raises(ResultsError, match="expert_of_slot is"):
+        load_routing(load_run(write_run(tmp_path / "cut", "flat", 0, arrays=arrays | {"expert_of_slot": places[:1]})))
+    with pytest.raises(ResultsError, match="experts have replicas"):
+        load_routing(load_run(write_run(tmp_path / "many", "flat", 0, arrays=arrays | {"replica_counts": places})))
+
+
 def test_a_corrupt_file_is_told(tmp_path: Path) -> None:
     run = write_run(tmp_path, "flat", 0)
     (run / "routing.npz").write_bytes(b"PK\x03\x04 no archive")

@@ -9,11 +9,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from experiments import callbacks, module
-from experiments.callbacks import Checkpointer, Progress, Recorder, Validator
+from experiments.callbacks import Checkpointer, Progress, Recorder, Validator, Whereabouts
 from experiments.cells import run_dir_of
 from experiments.module import LanguageModel
 from experiments.ranks import RankInfo
@@ -30,7 +31,7 @@ def test_what_the_ranks_say_is_put_together(config: Configure, tmp_path: Path) -
     recorder = Recorder(run, mesh, info, LinkMeter(mesh.cluster, 0), run_dir_of(run), {}, 0)
     rank_0 = [0, 2.0, 0.1, 1e-3, 7.0, 5.0, 1.0, 3, 10, 20, 0, 0, 0, 64, 0, 0]
     rank_1 = [0, 4.0, 0.3, 1e-3, 7.0, 6.0, 3.0, 4, 30, 40, 0, 0, 0, 32, 16, 0]
-    recorder._record(8, torch.tensor([rank_0, rank_1], dtype=torch.float64), num_layers=1)
+    recorder._record(8, torch.tensor([rank_0, rank_1], dtype=torch.float64), 1, Whereabouts(None, None))
     tokens = run.trainer.global_batch_size * run.model.seq_len
     assert {(row.metric, row.part): row.value for row in recorder.rows} == {
         ("loss", ""): 5.5,
@@ -48,6 +49,23 @@ def test_what_the_ranks_say_is_put_together(config: Configure, tmp_path: Path) -
     }
     assert {row.step for row in recorder.rows} == {8}
     assert [counts.tolist() for counts in recorder.counts] == [[[[10, 20], [30, 40]]]]
+
+
+def test_shares_by_distance_follow_the_experts(config: Configure, tmp_path: Path) -> None:
+    """Expert 1 lies on the first rank, expert 0 on the second: 20 and 30 of 100 copies stay on their rank."""
+    run = config("model.num_experts=2")
+    mesh = lone_mesh(2)
+    info = RankInfo(0, 2, 0, 2, 0, mesh.device, tmp_path / "stop")
+    recorder = Recorder(run, mesh, info, LinkMeter(mesh.cluster, 0), run_dir_of(run), {}, 0)
+    head, tail = [0, 2.0, 0.1, 1e-3, 7.0, 5.0, 1.0, 3], [0, 0, 0, 64, 0, 0]
+    numbers = torch.tensor([[*head, 10, 20, *tail], [*head, 30, 40, *tail]], dtype=torch.float64)
+    places_LE = np.array([[1, 0]], dtype=np.int16)
+    recorder._record(8, numbers, 1, Whereabouts(None, places_LE))
+    shares = {row.part: row.value for row in recorder.rows if row.metric == "routed_share"}
+    assert shares == {"self": 0.5, "node": 0.5}
+    recorder._record(9, numbers * torch.tensor([[1.0], [2.0]]), 1, Whereabouts(None, places_LE))
+    shares = {row.part: row.value for row in recorder.rows if row.metric == "routed_share" and row.step == 9}
+    assert shares == {"self": pytest.approx(80 / 170), "node": pytest.approx(90 / 170)}
 
 
 class Clock:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -61,6 +62,16 @@ def test_each_expert_gets_exactly_the_copies_that_chose_it(copies: str, facts: d
                 assert Counter(tuple(row) for row in rows) == copies_for(expert, rank["group"], case), name
             for error in ("round_trip_error", "input_grad_error", "weight_grad_error"):
                 assert rank[error] < 1e-5, (name, error)
+
+
+def test_four_levels_are_exact_and_send_least_over_the_outermost(tmp_path: Path) -> None:
+    ranks = run_ranks(
+        "tests.rank_hiermoe:four_levels", {}, num_ranks=16, ranks_per_node=2, log_dir=tmp_path, timeout_s=120
+    )
+    assert max(facts[name][0] for facts in ranks for name in ("HD", "H")) < 1e-5
+    over_outermost = {name: sum(facts[name][1][-1] for facts in ranks) for name in ("HD", "H")}
+    assert over_outermost["HD"] < 0.8 * over_outermost["H"]
+    assert over_outermost["HD"] < sum(facts["flat"][-1] for facts in ranks)
 
 
 def block_chain(fanouts: list[int], ep_size: int, num_levels: int | None) -> list[int]:

@@ -41,10 +41,10 @@ def facts(model_facts: tuple[Path, dict[str, Any]], system: str, model: str) -> 
 @pytest.mark.parametrize("system", SYSTEMS)
 def test_the_real_size_is_the_counted_one(system: str, model: str, model_facts: tuple[Path, dict[str, Any]]) -> None:
     count, ranks = count_parameters(MODELS[model]), facts(model_facts, system, model)["ranks"]
-    shards = registry.get(system).shards_experts
-    assert [rank["parameters"] for rank in ranks] == [count.per_rank(4 if shards else 1)] * 4
-    assert [rank["sharded"] for rank in ranks] == [count.experts // 4 if shards else 0] * 4
-    if shards:
+    shards, copies = registry.get(system).shards_experts, registry.create(system).expert_copies(8, 4)
+    assert [rank["parameters"] for rank in ranks] == [count.per_rank(4 / copies)] * 4
+    assert [rank["sharded"] for rank in ranks] == [count.experts * copies // 4 if shards else 0] * 4
+    if copies == 1:
         assert sum(rank["sharded"] for rank in ranks) + count.shared == count.total
 
 

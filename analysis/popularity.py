@@ -1,0 +1,128 @@
+"""How popular each expert was and how many slots it had, step by step: the counts of routing.npz by expert.
+
+Dimensions: S logged steps, L MoE layers, E experts.
+"""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from analysis.comparison import Comparison
+from analysis.errors import ResultsError
+from analysis.load import Run, one_line
+
+
+class Expert(NamedTuple):
+    """One expert of one MoE layer, both counted from 0."""
+
+    layer: int
+    expert: int
+
+
+@dataclass(frozen=True, eq=False)
+class Popularity:
+    """What one run's tokens chose, and what it was ready for.
+
+    Attributes:
+        steps_S: int64 [S], ascending.
+        copies_SLE: int64 [S, L, E], copies of all ranks' tokens that chose the expert, before any drop.
+        replicas_SLE: int64 [S, L, E], slots that the expert had in that step; None where each has one.
+    """
+
+    steps_S: NDArray[np.int64]
+    copies_SLE: NDArray[np.int64]
+    replicas_SLE: NDArray[np.int64] | None
+
+    @property
+    def routed_copies(self) -> int:
+        """Copies of one step, all layers together: the same in each, as every token has as many choices."""
+        return int(self.copies_SLE[0].sum())
+
+    def copy_shares_S(self, of: Expert) -> NDArray[np.float64]:
+        """[S], an expert's share of its layer's copies; NaN in a step without any."""
+        totals_S = self.copies_SLE[:, of.layer].sum(axis=-1)
+        own_S = self.copies_SLE[:, of.layer, of.expert].astype(np.float64)
+        return np.divide(own_S, totals_S, out=np.full_like(own_S, np.nan), where=totals_S > 0)
+
+    def slot_shares_S(self, of: Expert) -> NDArray[np.float64]:
+        """[S], an expert's share of its layer's slots; capacity is in proportion to it."""
+        if self.replicas_SLE is None:
+            return np.full(len(self.steps_S), 1 / self.copies_SLE.shape[-1])
+        layer_SE = self.replicas_SLE[:, of.layer].astype(np.float64)
+        shares_S: NDArray[np.float64] = layer_SE[:, of.expert] / layer_SE.sum(axis=-1)
+        return shares_S
+
+    def most_variable(self, expert: int | None = None) -> Expert:
+        """The expert whose number of copies has the largest standard deviation over the steps.
+
+        Args:
+            expert: only look for the layer in which this one varies most.
+
+        Raises:
+            ResultsError: there is no such expert.
+        """
+        num_experts = self.copies_SLE.shape[-1]
+        if expert is not None and not 0 <= expert < num_experts:
+            raise ResultsError(f"--expert {expert}: the runs have experts 0 to {num_experts - 1}. Fix: name one.")
+        deviation_LE = self.copies_SLE.std(axis=0)
+        if expert is not None:
+            return Expert(int(deviation_LE[:, expert].argmax()), expert)
+        layer, most = np.unravel_index(deviation_LE.argmax(), deviation_LE.shape)
+        return Expert(int(layer), int(most))
+
+
+Popularities = Mapping[tuple[str, int | None], Popularity]
+"""Of every usable run that has counts, by system and seed."""
+
+
+def load_popularity(run: Run) -> Popularity:
+    """The counts of one run folder.
+
+    Raises:
+        ResultsError: no routing.npz, one that can't be read, or counts that are not of every step, layer and expert.
+    """
+    name = f"{run.path.name}/routing.npz"
+    try:
+        with np.load(run.path / "routing.npz", allow_pickle=False) as file:
+            arrays = {key: file[key] for key in ("steps", "dispatch_counts", "replica_counts") if key in file.files}
+    except FileNotFoundError:
+        raise ResultsError(f"{name}: there is no such file. Fix: run it again.") from None
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise ResultsError(f"{name}: can't be read ({one_line(error)[:80]}). Fix: run it again.") from error
+    absent = [key for key in ("steps", "dispatch_counts") if key not in arrays]
+    if absent:
+        raise ResultsError(f"{name}: lacks {' and '.join(absent)} (an older run). Fix: run it again.")
+    steps_S, counts_SLWE = arrays["steps"], arrays["dispatch_counts"]
+    if counts_SLWE.ndim != 4 or len(counts_SLWE) != len(steps_S) or not counts_SLWE.size:
+        raise ResultsError(
+            f"{name}: dispatch_counts must be [steps, layers, ranks, experts] with one entry a step, not "
+            f"{list(counts_SLWE.shape)} beside {len(steps_S)} steps. Fix: run it again."
+        )
+    copies_SLE = counts_SLWE.sum(axis=2, dtype=np.int64)
+    replicas_SLE = arrays.get("replica_counts")
+    if replicas_SLE is not None and (replicas_SLE.shape != copies_SLE.shape or (replicas_SLE < 1).any()):
+        raise ResultsError(
+            f"{name}: replica_counts must be {list(copies_SLE.shape)} slots, one or more an expert, and is "
+            f"{list(replicas_SLE.shape)} with at least {replicas_SLE.min(initial=1)}. Fix: run it again."
+        )
+    order = np.argsort(steps_S, kind="stable")
+    told_SLE = None if replicas_SLE is None else replicas_SLE[order].astype(np.int64)
+    return Popularity(steps_S[order], copies_SLE[order], told_SLE)
+
+
+def load_popularities(comparison: Comparison) -> tuple[Popularities, list[str]]:
+    """(counts of every usable run that has some, sentences on those that have none)."""
+    found: dict[tuple[str, int | None], Popularity] = {}
+    notes = []
+    for run in comparison.runs:
+        try:
+            found[run.system, run.seed] = load_popularity(run)
+        except ResultsError as error:
+            notes.append(str(error))
+    return found, notes

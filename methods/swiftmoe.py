@@ -1,0 +1,246 @@
+"""SwiftMoE (arXiv 2504.19925, NSDI 2026 as SYMI): the number of an expert's replicas follows its popularity from one
+iteration to the next, at no cost on top of what an iteration sends anyway.
+
+    forward    tokens are routed, their counts summed over ranks; an expert's tokens go to its replicas
+    backward   gradients are summed over replicas inside ranks and between them
+    step       every rank takes its shard of every expert's gradient, steps, and sends the new weights to the slots of
+               the next placement, which the counts of this iteration decide
+
+The scheduler stands in methods/swiftmoe_scheduler.py, the slots in methods/swiftmoe_slots.py, the decoupled optimizer
+in methods/swiftmoe_optimizer.py; capacities and drop rules, which FlexMoE shares, in moe/replica_gate.py.
+
+Dimensions: T tokens of a rank, K choices, M model, E experts, N ranks, J slots of all ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from methods.swiftmoe_optimizer import ExpertShards, wait_for_copies
+from methods.swiftmoe_popularity import Popularity
+from methods.swiftmoe_scheduler import SlotTable, even_table, table_of
+from methods.swiftmoe_slots import SlotExperts
+from moe.experts import GroupedExperts
+from moe.flat_experts import FlatExperts
+from moe.gate import Routing
+from moe.mesh import Mesh
+from moe.point_to_point import in_turn
+from moe.replica_layer import ReplicatedMoE
+from moe.replica_table import SlotOptions
+from moe.sync import GradientSync
+from moe.system import ExpertView, LayerSpec, MoELayer, MoEOutput, System, moe_layers
+from moe.topology import Cluster
+
+
+class Options(SlotOptions):
+    """Options of conf/system/swiftmoe.yaml, beside those of `SlotOptions`.
+
+    Args:
+        offload: the optimizer's shards and their step in the host's memory, as in the paper; on a CPU they are there.
+    """
+
+    offload: bool = False
+
+
+class SwiftMoELayer(ReplicatedMoE):
+    """Experts in slots over all ranks of the run, whatever its expert-parallel groups are.
+
+    Until the first forward pass, and inside `whole_experts`, `expert_views` are of whole float32 experts, each on one
+    rank: initial weights and checkpoints come and go there. Otherwise they are of this rank's slots.
+
+    Args:
+        spec: what to compute.
+        mesh: where.
+        options: of the system; no fewer slots than experts.
+
+    Attributes:
+        table: which expert is in which slot.
+        popularity: of the last forward pass with gradients; one is meant to be in each training step.
+        whole: this rank's whole experts, while there are any.
+    """
+
+    table: SlotTable
+    experts: SlotExperts
+    whole: GroupedExperts | None
+
+    def __init__(self, spec: LayerSpec, mesh: Mesh, options: Options) -> None:
+        table = even_table(spec.num_experts, mesh.world_size, options.slots(spec.num_experts, mesh.world_size))
+        flat = FlatExperts(spec, mesh.world_size)
+        super().__init__(spec, mesh, table, SlotExperts(spec, mesh, table, flat), options.drop)
+        self.shards = ExpertShards(spec, mesh, flat, options.offload)
+        self.popularity: Popularity | None = None
+        self._set_whole(self.shards.new_whole(spec))
+
+    def _set_whole(self, whole: GroupedExperts | None) -> None:
+        # Not by nn.Module's own way: what is trained are the shards, these would be parameters beside them.
+        object.__setattr__(self, "whole", whole)
+
+    def forward(self, x_TM: Tensor) -> MoEOutput:
+        """Route this rank's tokens [T, M]. A pass with gradients tells the next placement how popular experts are."""
+        self.start()
+        return super().forward(x_TM)
+
+    def learn(self, routing: Routing) -> None:
+        """How popular experts are, from a pass with gradients."""
+        if torch.is_grad_enabled():
+            self.popularity = Popularity(routing.counts_E, self.mesh)
+
+    def start(self, optimizer: Optimizer | None = None) -> None:
+        """Take whole experts over into shards and slots, if there are any, and their state in `optimizer`, if given.
+        Collective."""
+        if self.whole is None:
+            return
+        with torch.no_grad():
+            self.shards.take(self.whole, optimizer)
+            self._set_whole(None)
+            in_turn([self.shards.refill(self.experts, self.table)])
+
+    @contextmanager
+    def whole_experts(self, optimizer: Optimizer, loading: bool) -> Iterator[None]:
+        """For a checkpoint: inside, `expert_views` are of whole experts, each on one rank, and `optimizer` has the
+        state of those parameters. Collective.
+
+        Args:
+            optimizer: Adam's kind, of the model that this layer is in.
+            loading: weights and state will be written there, and are taken over at the end.
+        """
+        made_here = None
+        if self.whole is None:
+            made_here = self.shards.new_whole(self.spec)
+            if not loading:
+                self.shards.give(made_here, optimizer)
+            self._set_whole(made_here)
+        try:
+            yield
+            if loading:
+                self.start(optimizer)
+        finally:
+            if made_here is not None:
+                self._set_whole(None)
+                for parameter in made_here.parameters():
+                    optimizer.state.pop(parameter, None)
+
+    def use(self, table: SlotTable) -> None:
+        """Go by another table; its slots must be filled next (`ExpertShards.refill`)."""
+        self.table = table
+        self.gate.use(table)
+
+    @property
+    def path(self) -> str:
+        """Slots, how tokens travel, how experts multiply, and where the optimizer is."""
+        where = "the host's memory" if self.shards.offloaded else "place"
+        return f"{super().path}; optimizer in {where}"
+
+    def expert_views(self) -> list[ExpertView]:
+        """Of whole experts while there are any, else of each expert's first slot on this rank."""
+        return self.experts.views() if self.whole is None else self.whole.views()
+
+    def sharded_parameters(self) -> list[nn.Parameter]:
+        """The shards of all experts."""
+        return [self.shards.master_EF]
+
+    def drop_gradients(self) -> None:
+        """Of all parameters and of the slots, which are none of the module's."""
+        for parameter in [*self.parameters(), self.experts.w_in, self.experts.w_out]:
+            parameter.grad = None
+
+    def restore_placement(self, expert_of_slot: list[int] | None) -> None:
+        """Take a checkpoint's table where it fits, else an even one; weights are to be loaded next."""
+        even = even_table(self.spec.num_experts, self.mesh.world_size, self.table.slots_per_rank)
+        self.use(table_of(expert_of_slot, even) or even)
+
+
+class ShardSync(GradientSync):
+    """Reduces dense gradients as ever, and brings every rank its shards of the experts'.
+
+    Args:
+        model: all its parameters with a gradient are reduced.
+        layers: its SwiftMoE layers.
+        mesh: of the run.
+    """
+
+    def __init__(self, model: nn.Module, layers: Sequence[SwiftMoELayer], mesh: Mesh) -> None:
+        shards = [parameter for layer in layers for parameter in layer.sharded_parameters()]
+        super().__init__(model, shards, mesh)
+        self.sharded = []  # each is on one rank only, perhaps on the host: reduced and clipped here
+        self.shards, self.layers = shards, layers
+
+    def reduce(self) -> None:
+        """Reduce every gradient. Collective."""
+        in_turn(layer.shards.collect(layer.experts, layer.table) for layer in self.layers)
+        super().reduce()
+        if any(layer.shards.offloaded for layer in self.layers):
+            wait_for_copies(self.mesh)
+        for layer in self.layers:
+            layer.shards.finish()
+
+    def clip(self, max_norm: float) -> Tensor:
+        """As `GradientSync.clip`; every number of an expert is on one rank."""
+        grads = [shard.grad for shard in self.shards if shard.grad is not None]
+        squares = torch.zeros((), device=self.mesh.device)
+        if grads:
+            squares += torch.stack([grad.norm() for grad in grads]).square().sum().to(self.mesh.device)
+        if self.mesh.world_size > 1:
+            dist.all_reduce(squares)
+        dense = [parameter.grad for parameter in self.dense if parameter.grad is not None]
+        if dense:
+            squares += torch.stack([grad.float().norm() for grad in dense]).square().sum()
+        norm = squares.sqrt()
+        if max_norm > 0:
+            scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+            for grad in [*dense, *grads]:
+                grad.mul_(scale.to(grad.device))
+        return norm
+
+
+class SwiftMoE(System):
+    """SwiftMoE's replicas over a decoupled optimizer."""
+
+    name = "swiftmoe"
+    implementation = "native"
+    summary = "replicas follow each iteration's popularity, over an optimizer that never moves"
+    Options = Options
+
+    def refusals(self, spec: LayerSpec, cluster: Cluster) -> list[str]:
+        """Fewer slots than experts."""
+        refusals: list[str] = self.options.refusals("SwiftMoE", spec, cluster)
+        return refusals
+
+    def build_layer(self, spec: LayerSpec, mesh: Mesh) -> MoELayer:
+        """The layer. Collective: it makes groups of ranks."""
+        return SwiftMoELayer(spec, mesh, self.options)
+
+    def gradient_sync(self, model: nn.Module, mesh: Mesh) -> GradientSync:
+        """Of shards."""
+        return ShardSync(model, _swift_layers(model), mesh)
+
+    def after_step(self, model: nn.Module, optimizer: Optimizer, steps_done: int) -> None:
+        """Decide the next iteration's replicas and fill their slots with the weights that the step made."""
+        layers = _swift_layers(model)
+        place(
+            layers,
+            [layer.table.after(layer.popularity.counts()) if layer.popularity else layer.table for layer in layers],
+        )
+
+
+def place(layers: Sequence[SwiftMoELayer], tables: Sequence[SlotTable]) -> None:
+    """Go over to new tables, and to the weights that the optimizer's shards now have. Collective.
+
+    Args:
+        layers: of a model, in order.
+        tables: of each; of the layers' sizes, and the same on all ranks.
+    """
+    for layer, table in zip(layers, tables, strict=True):
+        layer.use(table)
+        layer.popularity = None
+    in_turn(layer.shards.refill(layer.experts, layer.table) for layer in layers)
+
+
+def _swift_layers(model: nn.Module) -> list[SwiftMoELayer]:
+    return [layer for layer in moe_layers(model) if isinstance(layer, SwiftMoELayer)]

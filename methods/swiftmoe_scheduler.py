@@ -1,0 +1,134 @@
+"""SwiftMoE's Expert Placement Scheduler (SYMI, arXiv 2504.19925, algorithm 1): how many slots each expert gets in the
+next iteration, from how many tokens chose it in this one, and which slots those are.
+
+Every rank runs it on the same all-reduced integers, in float64 without any reduction over ranks, so that all agree bit
+for bit. Dimensions: E experts, N ranks, L slots of a rank, J = N L slots in all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+from typing import NamedTuple
+
+import numpy as np
+
+
+def replica_counts(popularity: Sequence[int], num_slots: int) -> tuple[int, ...]:
+    """Slots of each expert, in proportion to its popularity but at least one (algorithm 1; first index on ties).
+
+    Args:
+        popularity: E copies that chose each expert, over all ranks, before any drop; not all 0.
+        num_slots: J >= E.
+
+    Returns:
+        E counts >= 1 that sum to J.
+    """
+    popular_E = np.asarray(popularity, dtype=np.float64)
+    assert num_slots >= len(popular_E), f"{num_slots} slots can't hold {len(popular_E)} experts"
+    assert popular_E.min() >= 0 and popular_E.sum() > 0, f"no proportions in {list(popularity)}"
+    goal_E = popular_E / popular_E.sum() * num_slots
+    count_E = np.floor(np.maximum(goal_E, 1)).astype(np.int64)
+    excess_E = count_E - goal_E
+    counts = count_E.tolist()
+    surplus = sum(counts) - num_slots
+    while surplus > 0:
+        most = int(excess_E.argmax())
+        if counts[most] > 1:
+            counts[most] -= 1
+            surplus -= 1
+        excess_E[most] -= 1  # also where the last slot must stay, so that the search goes on to another expert
+    while surplus < 0:
+        least = int(excess_E.argmin())
+        counts[least] += 1
+        surplus += 1
+        excess_E[least] += 1
+    return tuple(counts)
+
+
+class Run(NamedTuple):
+    """Slots of one rank that hold the same expert: `num_slots` of them from `first` on, counted within the rank."""
+
+    expert: int
+    first: int
+    num_slots: int
+
+
+@dataclass(frozen=True)
+class SlotTable:
+    """Which expert is in which slot: expert 0 in the first `counts[0]` slots, then expert 1, ...; slot j is on rank
+    j // L (SYMI, section 3.3). So replicas fill a rank first, and an expert's ranks are consecutive.
+
+    Args:
+        counts: slots of each of the E experts, each >= 1; they sum to J.
+        slots_per_rank: L, which divides J.
+    """
+
+    counts: tuple[int, ...]
+    slots_per_rank: int
+
+    def __post_init__(self) -> None:
+        assert min(self.counts) >= 1 and sum(self.counts) % self.slots_per_rank == 0, (self.counts, self.slots_per_rank)
+
+    @property
+    def num_slots(self) -> int:
+        """J."""
+        return sum(self.counts)
+
+    @cached_property
+    def expert_of_slot(self) -> list[int]:
+        """[J] experts."""
+        return [expert for expert, count in enumerate(self.counts) for _ in range(count)]
+
+    @cached_property
+    def first_slots(self) -> list[int]:
+        """[E], the first slot of each expert."""
+        return list(accumulate(self.counts, initial=0))[:-1]
+
+    @cached_property
+    def holders(self) -> list[range]:
+        """[E], the ranks that hold each expert."""
+        return [
+            range(first // self.slots_per_rank, (first + count - 1) // self.slots_per_rank + 1)
+            for first, count in zip(self.first_slots, self.counts, strict=True)
+        ]
+
+    def runs(self, rank: int) -> list[Run]:
+        """The experts of a rank's slots, in order, each once."""
+        start = rank * self.slots_per_rank
+        held = self.expert_of_slot[start : start + self.slots_per_rank]
+        return [Run(expert, held.index(expert), held.count(expert)) for expert in sorted(set(held))]
+
+    def source(self, expert: int, rank: int) -> int:
+        """Whose gradient of an expert `rank` takes its shard of: its own if it has one, else one of those that have,
+        so that they share the sending (SYMI, algorithm 2)."""
+        holders = self.holders[expert]
+        return rank if rank in holders else holders[rank % len(holders)]
+
+    def after(self, popularity: Sequence[int]) -> SlotTable:
+        """The next iteration's table. Where no token chose anything the old one stays (ours; the paper has no rule)."""
+        counts = replica_counts(popularity, self.num_slots) if any(popularity) else self.counts
+        return self if counts == self.counts else SlotTable(counts, self.slots_per_rank)
+
+
+def even_table(num_experts: int, num_ranks: int, slots_per_rank: int) -> SlotTable:
+    """The first iteration's table: as if all experts were equally popular (ours; the paper does not say)."""
+    return SlotTable(replica_counts([1] * num_experts, num_ranks * slots_per_rank), slots_per_rank)
+
+
+def table_of(expert_of_slot: Sequence[int] | None, like: SlotTable) -> SlotTable | None:
+    """The table of some slots' experts if it is one of `like`'s sizes; None where it is not.
+
+    Args:
+        expert_of_slot: from a checkpoint, perhaps of another world size or system.
+        like: a table of this run.
+    """
+    if expert_of_slot is None or len(expert_of_slot) != like.num_slots:
+        return None
+    counts = tuple(list(expert_of_slot).count(expert) for expert in range(len(like.counts)))
+    if min(counts) < 1 or sum(counts) != like.num_slots:
+        return None
+    table = SlotTable(counts, like.slots_per_rank)
+    return table if table.expert_of_slot == list(expert_of_slot) else None

@@ -1,0 +1,48 @@
+"""Experts as vectors, whole or cut into equal shards.
+
+Dimensions: G experts, N shards, F numbers of one.
+"""
+
+from __future__ import annotations
+
+from math import prod
+
+from torch import Tensor
+
+from moe.system import LayerSpec
+
+
+class FlatExperts:
+    """An expert as one vector: w_in, then w_out, then zeros up to a multiple of N, cut into N shards of F numbers.
+
+    Args:
+        spec: of the layer.
+        num_shards: N.
+    """
+
+    def __init__(self, spec: LayerSpec, num_shards: int) -> None:
+        self.num_in = spec.hidden_dim * spec.model_dim * (2 if spec.activation == "swiglu" else 1)
+        self.num_weights = sum(map(prod, spec.expert_shapes.values()))
+        self.num_shards, self.shard_size = num_shards, -(-self.num_weights // num_shards)
+
+    def empty(self, num_experts: int, like: Tensor) -> Tensor:
+        """[num_experts, N F] vectors in the dtype of `like`, zero where they are padded and nothing yet elsewhere."""
+        flat = like.new_empty(num_experts, self.num_shards * self.shard_size)
+        flat[:, self.num_weights :] = 0
+        return flat
+
+    def parts(self, flat: Tensor) -> tuple[Tensor, Tensor]:
+        """Views of w_in and w_out in vectors [..., N F], each flat."""
+        return flat[..., : self.num_in], flat[..., self.num_in : self.num_weights]
+
+    def pack(self, w_in: Tensor, w_out: Tensor) -> Tensor:
+        """[G, ...] and [G, ...] to vectors [G, N F]."""
+        flat = self.empty(len(w_in), w_in)
+        for part, matrix in zip(self.parts(flat), (w_in, w_out), strict=True):
+            part.copy_(matrix.flatten(1))
+        return flat
+
+    def unpack(self, flat: Tensor, w_in: Tensor, w_out: Tensor) -> None:
+        """Write vectors [G, N F] into matrices [G, ...] and [G, ...]."""
+        for part, matrix in zip(self.parts(flat), (w_in, w_out), strict=True):
+            matrix.copy_(part.view_as(matrix))

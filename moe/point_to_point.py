@@ -1,0 +1,59 @@
+"""Batched point-to-point between all ranks, and several layers in turn.
+
+Dimensions: R rows, F numbers of one, N ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class Exchange:
+    """Rows to and from every rank in one batch of point-to-point messages, one for each pair that has rows; those that
+    stay are copied. Started when made; collective over all ranks.
+
+    Args:
+        rows_RF: [R, F], contiguous; those for rank 0 first.
+        send_rows, receive_rows: [N], to and from each rank.
+        rank: of this one.
+    """
+
+    def __init__(self, rows_RF: Tensor, send_rows: Sequence[int], receive_rows: Sequence[int], rank: int) -> None:
+        self._sent = rows_RF.split(list(send_rows))
+        self._received_RF = rows_RF.new_empty(sum(receive_rows), *rows_RF.shape[1:])
+        received = self._received_RF.split(list(receive_rows))
+        received[rank].copy_(self._sent[rank])
+        operations = []
+        for step in range(1, len(send_rows)):  # each rank begins with another one
+            after, before = (rank + step) % len(send_rows), (rank - step) % len(send_rows)
+            if len(self._sent[after]):
+                operations.append(dist.P2POp(dist.isend, self._sent[after], after))
+            if len(received[before]):
+                operations.append(dist.P2POp(dist.irecv, received[before], before))
+        self._works = dist.batch_isend_irecv(operations) if operations else []
+
+    def received(self) -> Tensor:
+        """Rows [R', F], those from rank 0 first, once they are there."""
+        for work in self._works:
+            work.wait()
+        self._works, self._sent = [], ()
+        return self._received_RF
+
+
+@torch.no_grad()
+def in_turn(works: Iterable[Iterator[None]]) -> None:
+    """Do the layers' works, each an iterator over its parts: while a layer's messages travel, the next layer's are
+    prepared and started. All ranks go through the parts in the same order."""
+    active: list[Iterator[None]] = []
+    for work in works:
+        active = _advanced([work, *active])
+    while active:
+        active = _advanced(active)
+
+
+def _advanced(works: list[Iterator[None]]) -> list[Iterator[None]]:
+    return [work for work in works if next(work, work) is not work]
