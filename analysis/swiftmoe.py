@@ -30,7 +30,8 @@ from analysis.target_loss import WINDOW, smoothed_losses, target_of
 
 FIGURES = ("replicas", "survival", "target")
 BASELINE = "deepspeed"
-"""Where it is part of the comparison, ratios are to it: static replicas and capacities."""
+"""Where it is part of the comparison, ratios are to it: experts and capacities that stay. In these runs its experts
+have no replicas, where SYMI's DeepSpeed has four of each."""
 
 
 @dataclass(frozen=True, eq=False)

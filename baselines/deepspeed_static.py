@@ -6,6 +6,9 @@ expert are summed over the r ranks that hold it. So replicas of an expert are on
 changes: each source rank keeps ceil(c K T / E) copies of it, as DeepSpeed does with its gate's sampling off. Unlike
 upstream's (see the system `deepspeed`), rows are not padded to the capacity.
 
+Unlike SYMI's baseline it does without ZeRO-1: each replica keeps its expert's whole optimizer state and steps it, r
+times what SYMI's DeepSpeed does.
+
 Dimensions: N ranks, r replicas, E experts, T tokens of a rank, K choices.
 """
 

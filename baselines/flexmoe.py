@@ -13,7 +13,7 @@ Dimensions: M model, E experts, N ranks, L slots of a rank, J = N L slots in all
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -44,18 +44,20 @@ class Options(SlotOptions):
     Args:
         interval: steps between two decisions, each by the copies of the steps since the last one; SYMI compares 10, 50
             and 100.
-        policy: `time` takes the moves that make a step faster by the cost model, FlexMoE's way; `popularity` evens out
-            copies per slot, which is what a capacity drops by, as SYMI tells of its emulation.
+        policy: `popularity` evens out copies per slot, which is what a capacity drops by, as SYMI's emulation does;
+            `time` takes the moves that make a step faster by the cost model, FlexMoE's way, which sees nothing to gain
+            where every rank holds every expert.
         balanced: largest over mean load up to which nothing is done; of ranks (`time`) or of slots (`popularity`).
-        most_shifts: replicas that a layer shifts at a time.
+        most_shifts: replicas that a layer shifts at a time; null: ten for `time` (as a re-implementation of it has), as
+            many as it takes for `popularity` (as SYMI tells).
         flops_per_s: of a rank, for the cost model; FasterMoE's default.
         net_bytes_per_s: between any two ranks, likewise; null: from the cluster's costs, 6.25e9 where it has none.
     """
 
     interval: int = Field(default=10, ge=1)
-    policy: Literal["time", "popularity"] = "time"
+    policy: Literal["time", "popularity"] = "popularity"
     balanced: float = Field(default=BALANCED, ge=1, allow_inf_nan=False)
-    most_shifts: int = Field(default=MOST_SHIFTS, ge=1)
+    most_shifts: int | None = Field(default=None, ge=1, examples=[10])
     flops_per_s: float = Field(default=11.5e12, gt=0, allow_inf_nan=False)
     net_bytes_per_s: float | None = Field(default=None, gt=0, allow_inf_nan=False)
 
@@ -118,6 +120,18 @@ class FlexMoELayer(ReplicatedMoE):
         self.copies_E = torch.zeros(self.spec.num_experts, dtype=torch.int64, device=self.mesh.device)
         self.passes = 0
 
+    def planning_state(self) -> Any:
+        """Every rank's copies since the last decision, and of how many passes they are."""
+        copies = [torch.empty_like(self.copies_E) for _ in range(self.mesh.world_size)]
+        dist.all_gather(copies, self.copies_E)
+        return {"copies": torch.stack(copies).tolist(), "passes": self.passes}
+
+    def restore_planning(self, state: Any) -> None:
+        """Go on counting where that state was, if it is of as many ranks."""
+        if state is not None and len(state["copies"]) == self.mesh.world_size:
+            self.copies_E = torch.tensor(state["copies"][self.mesh.rank], device=self.mesh.device)
+            self.passes = state["passes"]
+
     def use(self, table: ReplicaTable) -> None:
         """Say which expert is in which slot, without moving anything."""
         self.table = table
@@ -129,9 +143,11 @@ class FlexMoELayer(ReplicatedMoE):
         table = self.table
         slots_EN = slots_of(table.expert_of_slot, table.num_experts, table.slots_per_rank)
         if options.policy == "time":
-            decided = plan(slots_EN, copies_NE, self.costs, table.slots_per_rank, options.balanced, options.most_shifts)
+            most = options.most_shifts or MOST_SHIFTS
+            decided = plan(slots_EN, copies_NE, self.costs, table.slots_per_rank, options.balanced, most)
         else:
-            decided = plan_by_popularity(slots_EN, copies_NE, options.balanced, options.most_shifts)
+            most = options.most_shifts or table.num_slots
+            decided = plan_by_popularity(slots_EN, copies_NE, options.balanced, most)
         return expert_of_slot(decided.slots_EN, table.expert_of_slot, table.slots_per_rank)
 
     def restore_placement(self, expert_of_slot: list[int] | None) -> None:

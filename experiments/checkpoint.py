@@ -84,6 +84,7 @@ def save_checkpoint(path: Path, gpt: GPT, optimizer: Optimizer, state: dict[str,
     """
     temporary = path.with_name(f".{path.name}.tmp")
     state = state | {"placements": {layer.spec.layer_index: layer.expert_of_slot for layer in gpt.moe_layers}}
+    state["planning"] = {layer.spec.layer_index: layer.planning_state() for layer in gpt.moe_layers}
     try:
         with _whole_experts(gpt, optimizer, loading=False):
             tensors = _tensors(canonical_entries(gpt), optimizer, for_saving=True)
@@ -154,9 +155,11 @@ def load_checkpoint(path: Path, gpt: GPT, optimizer: Optimizer) -> dict[str, Any
     if verdict[0]:
         raise _error(path, verdict[0])
     state = torch.load(path / "trainer.pt", weights_only=True)
-    placements = state.pop("placements", {})
+    placements, planning = state.pop("placements", {}), state.pop("planning", {})
     for layer in gpt.moe_layers:
         layer.restore_placement(placements.get(layer.spec.layer_index))
+        if type(planning.get(layer.spec.layer_index)) is dict:
+            layer.restore_planning(planning[layer.spec.layer_index])
     with _whole_experts(gpt, optimizer, loading=True):
         _fill(path, gpt, optimizer)
     rng = path / f"rng_{dist.get_rank()}.pt"

@@ -96,7 +96,7 @@ class ExpertShards(nn.Module):
         """Make the mean over ranks of what `collect` brought the gradient of the shards; after `collect` of all layers
         and, where state is offloaded, after the copies have arrived (`wait_for_copies`)."""
         if self._staged_EF is not None:
-            self.master_EF.grad = self._staged_EF.float()
+            self.master_EF.grad = self._staged_EF.to(torch.float32, copy=True)  # the buffer takes weights next
         assert self.master_EF.grad is not None
         self.master_EF.grad /= self.mesh.world_size
 

@@ -170,6 +170,15 @@ class MoELayer(nn.Module, ABC):
         """Take the places of a checkpoint, before its weights are loaded; None when it has none."""
         return None
 
+    def planning_state(self) -> Any:
+        """What the system remembers to decide by where experts go next, for checkpoints: plain values, the same on all
+        ranks. Collective."""
+        return None
+
+    def restore_planning(self, state: Any) -> None:
+        """Take a checkpoint's `planning_state`, after its placement; it may be of another number of ranks."""
+        return None
+
     @contextmanager
     def whole_experts(self, optimizer: torch.optim.Optimizer, loading: bool) -> Iterator[None]:
         """For a checkpoint: inside, `expert_views` are of whole experts, each on one rank at least, and `optimizer` has

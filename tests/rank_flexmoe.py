@@ -51,7 +51,7 @@ TAKEN_OVER = [
 """Checkpoints by who saved and who loads them."""
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "flat": ("flat", {}),
-    "flexmoe": ("flexmoe", {"slots_per_rank": 3, "interval": 1, "policy": "popularity", "balanced": 1.0}),
+    "flexmoe": ("flexmoe", {"slots_per_rank": 3, "interval": 2, "balanced": 1.0}),  # saved amid an interval
     "deepspeed_static": ("deepspeed_static", {"replicas": 2}),
 }
 
