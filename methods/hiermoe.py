@@ -100,9 +100,8 @@ class HierMoE(System):
                 collectives_of(cluster)
             except ConfigError as error:
                 reasons.append(
-                    f"HierMoE's cost model can't be asked: {error.problems[0].rule}; measure them with `python -m "
-                    "experiments.comm cluster=<this one> write_to=conf/cluster/mine.yaml`, or set levels=all and "
-                    "placement=fixed."
+                    f"{error.problems[0].rule}: measure them with `python -m experiments.comm cluster=<this one> "
+                    "write_to=conf/cluster/mine.yaml`, or set levels=all and placement=fixed."
                 )
         if options.placement == "swap" and options.swap_pairs > spec.num_experts // 2:
             reasons.append(
