@@ -24,7 +24,7 @@ def test_no_folder_of_anybody_s_machine_is_named(path: Path) -> None:
     assert folders_named(path.read_text(encoding="utf-8")) == []
 
 
-@pytest.mark.parametrize("text", ["output_dir: /tmp/d", "- output_dir=/work/x/outputs", "in '/home/me/runs'"])
+@pytest.mark.parametrize("text", ["output_dir: /tmp/d", "- output_dir=/scratch/x/outputs", "in '/home/me/runs'"])
 def test_a_folder_that_is_named_is_found(text: str) -> None:
     assert len(folders_named(text)) == 1
     assert folders_named("tokens/step, ../runs/tmp/x, https://a.b/home/c") == []
