@@ -53,8 +53,11 @@ class LevelsDispatcher(Dispatcher):
         depth = len(sizes)
         wanted = range(1, depth + 1) if levels is None else [levels]
         self._by_levels = {d: self._over(d) for d in wanted}
-        self.num_levels = min(wanted)
-        self.chosen = self._by_levels[self.num_levels]
+        self._take(min(wanted))
+
+    def _take(self, levels: int) -> None:
+        self.num_levels, self.chosen = levels, self._by_levels[levels]
+        self.path = self.chosen.path
 
     def _over(self, levels: int) -> Dispatcher:
         if levels > 1:
@@ -65,11 +68,6 @@ class LevelsDispatcher(Dispatcher):
         if isinstance(flat, AllToAllDispatcher) and self.mesh.ep_size > 1:
             return HierarchicalDispatcher(self.mesh, self.spec.num_experts, 1)
         return flat
-
-    @property
-    def path(self) -> str:  # type: ignore[override]  # changes with what is chosen
-        """Of the chosen one."""
-        return self.chosen.path
 
     @property
     def row_bytes(self) -> int:
@@ -111,5 +109,4 @@ class LevelsDispatcher(Dispatcher):
             dist.all_reduce(seconds_D, op=dist.ReduceOp.MAX)
         self.modelled_s = seconds_D.tolist()
         if self.is_free:
-            self.num_levels = best_dim(seconds_D)
-            self.chosen = self._by_levels[self.num_levels]
+            self._take(best_dim(seconds_D))
