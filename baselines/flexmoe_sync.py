@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from moe.experts import GroupedExperts
@@ -128,7 +127,7 @@ class ReplicaSync(GradientSync):
 
     def __init__(self, model: nn.Module, layers: Sequence[ReplicatedMoE], mesh: Mesh) -> None:
         super().__init__(model, [parameter for layer in layers for parameter in layer.sharded_parameters()], mesh)
-        self.replicated, self.sharded = self.sharded, []  # reduced and clipped here
+        self.elsewhere, self.sharded = self.sharded, []
         self.layers = layers
 
     def reduce(self) -> None:
@@ -136,8 +135,8 @@ class ReplicaSync(GradientSync):
         in_turn(ReplicaSums(layer, self.mesh.world_size).reduce() for layer in self.layers)
         super().reduce()
 
-    def clip(self, max_norm: float) -> Tensor:
-        """As `GradientSync.clip`; each expert counts once, however many slots it has."""
+    def squares_not_dense(self) -> Tensor:
+        """As `GradientSync.squares_not_dense`; each expert counts once, however many slots it has."""
         squares = torch.zeros((), device=self.mesh.device)
         for layer in self.layers:
             counts = [layer.table.counts[expert] for expert in layer.experts.experts]
@@ -145,17 +144,7 @@ class ReplicaSync(GradientSync):
             for weight in _weights(layer.experts):
                 if weight.grad is not None:
                     squares += (weight.grad.flatten(1).norm(dim=1).square() / counts_L).sum()
-        if self.mesh.world_size > 1:
-            dist.all_reduce(squares)
-        dense = [parameter.grad for parameter in self.dense if parameter.grad is not None]
-        if dense:
-            squares += torch.stack([grad.float().norm() for grad in dense]).square().sum()
-        norm = squares.sqrt()
-        if max_norm > 0:
-            scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-            for grad in [*dense, *(parameter.grad for parameter in self.replicated if parameter.grad is not None)]:
-                grad.mul_(scale)
-        return norm
+        return squares
 
 
 def _weights(experts: GroupedExperts) -> tuple[nn.Parameter, nn.Parameter]:

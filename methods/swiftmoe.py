@@ -18,7 +18,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -33,7 +32,7 @@ from moe.mesh import Mesh
 from moe.point_to_point import in_turn
 from moe.replica_layer import ReplicatedMoE
 from moe.replica_table import SlotOptions
-from moe.sync import GradientSync
+from moe.sync import GradientSync, sum_of_squares
 from moe.system import ExpertView, LayerSpec, MoELayer, MoEOutput, System, moe_layers
 from moe.topology import Cluster
 
@@ -168,8 +167,8 @@ class ShardSync(GradientSync):
     def __init__(self, model: nn.Module, layers: Sequence[SwiftMoELayer], mesh: Mesh) -> None:
         shards = [parameter for layer in layers for parameter in layer.sharded_parameters()]
         super().__init__(model, shards, mesh)
-        self.sharded = []  # each is on one rank only, perhaps on the host: reduced and clipped here
-        self.shards, self.layers = shards, layers
+        self.elsewhere, self.sharded = self.sharded, []  # each is on one rank only, perhaps on the host
+        self.layers = layers
 
     def reduce(self) -> None:
         """Reduce every gradient. Collective."""
@@ -180,23 +179,9 @@ class ShardSync(GradientSync):
         for layer in self.layers:
             layer.shards.finish()
 
-    def clip(self, max_norm: float) -> Tensor:
-        """As `GradientSync.clip`; every number of an expert is on one rank."""
-        grads = [shard.grad for shard in self.shards if shard.grad is not None]
-        squares = torch.zeros((), device=self.mesh.device)
-        if grads:
-            squares += torch.stack([grad.norm() for grad in grads]).square().sum().to(self.mesh.device)
-        if self.mesh.world_size > 1:
-            dist.all_reduce(squares)
-        dense = [parameter.grad for parameter in self.dense if parameter.grad is not None]
-        if dense:
-            squares += torch.stack([grad.float().norm() for grad in dense]).square().sum()
-        norm = squares.sqrt()
-        if max_norm > 0:
-            scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-            for grad in [*dense, *grads]:
-                grad.mul_(scale.to(grad.device))
-        return norm
+    def squares_not_dense(self) -> Tensor:
+        """As `GradientSync.squares_not_dense`; every number of an expert is on one rank."""
+        return sum_of_squares(self.elsewhere, self.mesh.device)
 
 
 class SwiftMoE(System):

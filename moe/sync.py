@@ -33,6 +33,7 @@ class GradientSync:
         ids = {id(parameter) for parameter in [*sharded, *local]}
         self.mesh = mesh
         self.sharded, self.local = list(sharded), list(local)
+        self.elsewhere: list[nn.Parameter] = []  # what a subclass reduces in its own way
         self.dense = [p for p in model.parameters() if p.requires_grad and id(p) not in ids]
 
     def reduce(self) -> None:
@@ -48,23 +49,30 @@ class GradientSync:
             The norm before scaling, over each parameter of the whole model once; scalar float32, equal on all ranks.
         """
         device = self.mesh.device
-        elsewhere_too = _sum_of_squares(self.sharded, device) / self.mesh.edp_size + _sum_of_squares(self.local, device)
-        dist.all_reduce(elsewhere_too)
-        norm = (_sum_of_squares(self.dense, device) + elsewhere_too).sqrt()
+        not_dense = self.squares_not_dense()
+        dist.all_reduce(not_dense)
+        norm = (sum_of_squares(self.dense, device) + not_dense).sqrt()
         if max_norm > 0:
             scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-            for grad in _gradients(self.dense + self.sharded + self.local):
-                grad.mul_(scale)
+            for grad in _gradients(self.dense + self.sharded + self.local + self.elsewhere):
+                grad.mul_(scale.to(grad.device))
         return norm
+
+    def squares_not_dense(self) -> Tensor:
+        """Sum of squares of all gradients but the dense ones, this rank's part, scalar float32: the parts of all ranks
+        together hold each parameter of the whole model once."""
+        device = self.mesh.device
+        return sum_of_squares(self.sharded, device) / self.mesh.edp_size + sum_of_squares(self.local, device)
 
 
 def _gradients(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
     return [p.grad for p in parameters if p.grad is not None]
 
 
-def _sum_of_squares(parameters: Sequence[nn.Parameter], device: torch.device) -> Tensor:
+def sum_of_squares(parameters: Sequence[nn.Parameter], device: torch.device) -> Tensor:
+    """Of the gradients that there are, scalar float32 on `device`."""
     norms = [grad.float().norm() for grad in _gradients(parameters)]
-    return torch.stack(norms).square().sum() if norms else torch.zeros((), device=device)
+    return torch.stack(norms).square().sum().to(device) if norms else torch.zeros((), device=device)
 
 
 def _reduce_bucket(
