@@ -5,7 +5,6 @@ Dimensions: S logged steps, L MoE layers, E experts.
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -15,7 +14,8 @@ from numpy.typing import NDArray
 
 from analysis.comparison import Comparison
 from analysis.errors import ResultsError
-from analysis.load import Run, one_line
+from analysis.load import Run
+from analysis.routing import routing_arrays
 
 
 class Expert(NamedTuple):
@@ -87,23 +87,8 @@ def load_popularity(run: Run) -> Popularity:
     Raises:
         ResultsError: no routing.npz, one that can't be read, or counts that are not of every step, layer and expert.
     """
-    name = f"{run.path.name}/routing.npz"
-    try:
-        with np.load(run.path / "routing.npz", allow_pickle=False) as file:
-            arrays = {key: file[key] for key in ("steps", "dispatch_counts", "replica_counts") if key in file.files}
-    except FileNotFoundError:
-        raise ResultsError(f"{name}: there is no such file. Fix: run it again.") from None
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise ResultsError(f"{name}: can't be read ({one_line(error)[:80]}). Fix: run it again.") from error
-    absent = [key for key in ("steps", "dispatch_counts") if key not in arrays]
-    if absent:
-        raise ResultsError(f"{name}: lacks {' and '.join(absent)} (an older run). Fix: run it again.")
+    name, arrays = routing_arrays(run, "replica_counts")
     steps_S, counts_SLWE = arrays["steps"], arrays["dispatch_counts"]
-    if counts_SLWE.ndim != 4 or len(counts_SLWE) != len(steps_S) or not counts_SLWE.size:
-        raise ResultsError(
-            f"{name}: dispatch_counts must be [steps, layers, ranks, experts] with one entry a step, not "
-            f"{list(counts_SLWE.shape)} beside {len(steps_S)} steps. Fix: run it again."
-        )
     copies_SLE = counts_SLWE.sum(axis=2, dtype=np.int64)
     replicas_SLE = arrays.get("replica_counts")
     if replicas_SLE is not None and (replicas_SLE.shape != copies_SLE.shape or (replicas_SLE < 1).any()):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import zipfile
 from dataclasses import dataclass
 from math import ceil
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -71,18 +72,23 @@ def by_rank(per_expert: NDArray[np.floating] | NDArray[np.integer], num_ranks: i
     return per_expert.reshape(*front, num_ranks, num_experts // num_ranks).sum(axis=-1, dtype=np.float64)
 
 
-def load_routing(run: Run) -> Routing:
-    """The routing of one run folder.
+def routing_arrays(run: Run, *more: str) -> tuple[str, dict[str, NDArray[Any]]]:
+    """What a run's routing.npz holds.
+
+    Args:
+        run: a run folder.
+        more: arrays that are read where they are there.
+
+    Returns:
+        The file's name for messages; `steps` [S], `dispatch_counts` [S, L, W, E], and those.
 
     Raises:
-        ResultsError: no routing.npz, one that can't be read, or counts that are not of every rank and expert.
+        ResultsError: no routing.npz, one that can't be read, or no counts of every step.
     """
     name = f"{run.path.name}/routing.npz"
     try:
         with np.load(run.path / "routing.npz", allow_pickle=False) as file:
-            arrays = {
-                key: file[key] for key in ("steps", "dispatch_counts", "target_shares", *_PLACES) if key in file.files
-            }
+            arrays = {key: file[key] for key in ("steps", "dispatch_counts", *more) if key in file.files}
     except FileNotFoundError:
         raise ResultsError(f"{name}: there is no such file. Fix: run it again.") from None
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
@@ -91,11 +97,22 @@ def load_routing(run: Run) -> Routing:
     if absent:
         raise ResultsError(f"{name}: lacks {' and '.join(absent)} (an older run). Fix: run it again.")
     steps_S, counts_SLWE = arrays["steps"], arrays["dispatch_counts"]
-    if counts_SLWE.ndim != 4 or len(counts_SLWE) != len(steps_S) or not len(steps_S):
+    if counts_SLWE.ndim != 4 or len(counts_SLWE) != len(steps_S) or not counts_SLWE.size:
         raise ResultsError(
             f"{name}: dispatch_counts must be [steps, layers, ranks, experts] with one entry a step, not "
             f"{list(counts_SLWE.shape)} beside {len(steps_S)} steps. Fix: run it again."
         )
+    return name, arrays
+
+
+def load_routing(run: Run) -> Routing:
+    """The routing of one run folder.
+
+    Raises:
+        ResultsError: no routing.npz, one that can't be read, or counts that are not of every rank and expert.
+    """
+    name, arrays = routing_arrays(run, "target_shares", *_PLACES)
+    steps_S, counts_SLWE = arrays["steps"], arrays["dispatch_counts"]
     num_ranks, num_experts = counts_SLWE.shape[2:]
     if num_experts % num_ranks:
         raise ResultsError(
