@@ -1,4 +1,7 @@
-"""The spawned ranks of one run: started together, watched together, and ended together."""
+"""The spawned ranks of one run: started together, watched together, and ended together.
+
+On a CPU under Linux they are forked from one process (`experiments.forking`), else each is started by itself.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +11,12 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO
 
 from experiments.failures import Report, count_oom_kills, read_reports, silent_death
+from experiments.forking import ForkedRank, ForkedRanks, RankStart
 from experiments.netns import INTERFACE, Node
 from experiments.ranks import Job
 from experiments.split import split_variables
@@ -58,7 +61,7 @@ class Crew:
         self.gpus = gpus
         self.env = env
         self.split = split
-        self.processes: list[subprocess.Popen[bytes]] = []
+        self.processes: Sequence[subprocess.Popen[bytes] | ForkedRank] = []
         self.log_starts: list[int] = []
 
     def start(self) -> None:
@@ -68,34 +71,47 @@ class Crew:
         # Blocked across the start, so that Ctrl-C can't hit a worker before it ignores SIGINT itself.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
-            for rank in range(self.num_ranks):
-                self._start_rank(rank, listener)
+            starts = [self._prepare(rank, listener) for rank in range(self.num_ranks)]
+            if self.job.device == "cpu" and sys.platform == "linux":
+                job_file = self.logs / JOB_FILE
+                self.processes = ForkedRanks(self.job.target, job_file, starts, starts[0].variables).ranks
+            else:
+                self.processes = started = []
+                for start in starts:
+                    started.append(self._start(start))
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
             if listener is not None:
                 listener.close()
 
-    def _start_rank(self, rank: int, listener: socket.socket | None) -> None:
-        command = [sys.executable, "-m", "experiments.worker", self.job.target, str(self.logs / JOB_FILE)]
+    def _prepare(self, rank: int, listener: socket.socket | None) -> RankStart:
+        """How to start a rank; its log gets a headline."""
         variables = self._variables(rank)
-        descriptors: list[int] = []
-        if self.nodes is not None:
-            command = ["ip", "netns", "exec", self.nodes[rank // self.ranks_per_node].namespace, *command]
+        descriptor = None
         if listener is not None:
             variables["MASTER_PORT"] = str(listener.getsockname()[1])
             if rank == 0:
-                descriptors = [listener.fileno()]
-                variables[STORE_FD] = str(listener.fileno())
+                descriptor = listener.fileno()
+                variables[STORE_FD] = str(descriptor)
         path = self.logs / f"rank{rank}.log"
         self.log_starts.append(path.stat().st_size if path.exists() else 0)
         with path.open("ab") as log:
             log.write(f"--- rank {rank} of {self.num_ranks}, {datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC\n".encode())
-            log.flush()
-            output: IO[bytes] | None = None if rank == 0 else log
-            self.processes.append(
-                subprocess.Popen(
-                    command, env=variables, stdin=subprocess.DEVNULL, stdout=output, stderr=log, pass_fds=descriptors
-                )
+        namespace = None if self.nodes is None else self.nodes[rank // self.ranks_per_node].namespace
+        return RankStart(variables, str(path), rank == 0, namespace, descriptor)
+
+    def _start(self, start: RankStart) -> subprocess.Popen[bytes]:
+        """Start a rank by itself."""
+        assert start.namespace is None, "network namespaces are for ranks on a CPU under Linux"
+        command = [sys.executable, "-m", "experiments.worker", self.job.target, str(self.logs / JOB_FILE)]
+        with Path(start.log).open("ab") as log:
+            return subprocess.Popen(
+                command,
+                env=start.variables,
+                stdin=subprocess.DEVNULL,
+                stdout=None if start.keeps_stdout else log,
+                stderr=log,
+                pass_fds=[] if start.descriptor is None else [start.descriptor],
             )
 
     def _variables(self, rank: int) -> dict[str, str]:
@@ -168,10 +184,10 @@ class Crew:
         return [rank for rank, process in enumerate(self.processes) if process.returncode not in (None, 0)]
 
     def _death(self, rank: int, oom_kills: int) -> Report:
+        code = self.processes[rank].returncode
+        assert code is not None
         rise = count_oom_kills() - oom_kills
-        return silent_death(
-            rank, self.processes[rank].returncode, self.logs / f"rank{rank}.log", self.log_starts[rank], rise
-        )
+        return silent_death(rank, code, self.logs / f"rank{rank}.log", self.log_starts[rank], rise)
 
     def end(self) -> None:
         """End the ranks that still run: SIGTERM, then SIGKILL."""
