@@ -20,6 +20,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -153,6 +154,8 @@ def main(arguments: list[str]) -> None:
     status = int(os.environ.pop(STATUS_FD))
     starts = [RankStart(**start) for start in json.loads(_read_line(0))]
     _import(arguments[0])
+    # Threads by now: of jemalloc (pyarrow) and OpenBLAS (numpy), which take part in a fork (pthread_atfork).
+    warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
     pids: dict[int, int] = {}
     for rank, start in enumerate(starts):
         mine = os.getpid()
