@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from moe.experts import GroupedExperts
 from moe.migration import packed, state_of, unpack
 from moe.replica_table import ReplicaTable
+from moe.step_parts import step_part
 
 
 class Arrival(NamedTuple):
@@ -37,6 +38,7 @@ def arrivals(before: ReplicaTable, after: ReplicaTable) -> Iterator[Arrival]:
 
 
 @torch.no_grad()
+@step_part("migration")
 def move_replicas(
     experts: GroupedExperts, before: ReplicaTable, after: ReplicaTable, rank: int, optimizer: Optimizer
 ) -> int:

@@ -21,6 +21,7 @@ from moe.mesh import Mesh
 from moe.point_to_point import Exchange, in_turn
 from moe.replica_layer import ReplicatedMoE
 from moe.replica_table import ReplicaTable
+from moe.step_parts import step_part
 from moe.sync import GradientSync
 
 
@@ -68,7 +69,10 @@ class ReplicaSums:
                 if weight.grad is None:  # no token came to this rank
                     row.zero_()
                 else:
-                    grads = weight.grad[slots[0]] if len(slots) == 1 else weight.grad[slots].sum(0)
+                    # Slot by slot: a list of them as an index would let the host wait for a GPU.
+                    grads = weight.grad[slots[0]]
+                    if len(slots) > 1:
+                        grads = torch.stack([weight.grad[slot] for slot in slots]).sum(0)
                     row.copy_(grads.flatten())
         return flat_GP
 
@@ -113,7 +117,8 @@ class ReplicaSums:
             if weight.grad is None:
                 weight.grad = torch.empty_like(weight)
             for row, slots in zip(numbers, slots_G, strict=True):
-                weight.grad[slots] = row.view(weight.shape[1:])
+                for slot in slots:
+                    weight.grad[slot].copy_(row.view(weight.shape[1:]))
 
 
 class ReplicaSync(GradientSync):
@@ -132,7 +137,8 @@ class ReplicaSync(GradientSync):
 
     def reduce(self) -> None:
         """Reduce every gradient. Collective."""
-        in_turn(ReplicaSums(layer, self.mesh.world_size).reduce() for layer in self.layers)
+        with step_part("expert_gradients"):
+            in_turn(ReplicaSums(layer, self.mesh.world_size).reduce() for layer in self.layers)
         super().reduce()
 
     def squares_not_dense(self) -> Tensor:
@@ -140,7 +146,7 @@ class ReplicaSync(GradientSync):
         squares = torch.zeros((), device=self.mesh.device)
         for layer in self.layers:
             counts = [layer.table.counts[expert] for expert in layer.experts.experts]
-            counts_L = torch.tensor(counts, dtype=torch.float32, device=squares.device)
+            counts_L = self.mesh.tensor(counts, torch.float32)
             for weight in _weights(layer.experts):
                 if weight.grad is not None:
                     squares += (weight.grad.flatten(1).norm(dim=1).square() / counts_L).sum()

@@ -80,12 +80,20 @@ def plan_pipemoe(layers: Sequence[LayerWork], costs: Costs, carried_bytes: float
     return _in_the_end(layers, [pipemoe_degree(work, costs) for work in layers], carried_bytes)
 
 
-def plan_tutel_improved(layers: Sequence[LayerWork], costs: Costs, carried_bytes: float = 0.0) -> StepPlan:
-    """Tutel, with a layer's gradients all-reduced beside the dense part that follows in backward."""
+def plan_tutel_improved(
+    layers: Sequence[LayerWork], costs: Costs, carried_bytes: float = 0.0, whole_step: bool = False
+) -> StepPlan:
+    """Tutel, with a layer's gradients all-reduced beside the dense part that follows in backward.
+
+    Args:
+        layers, costs, carried_bytes: as of a `moe.schedules.Planner`.
+        whole_step: what is carried belongs to this step; else the step is one period of many, and the first layer's
+            gradient is the next one's.
+    """
     degrees = [pipemoe_degree(work, costs, TUTEL_DEGREES) for work in layers]
     before = [*(work.gradient_bytes for work in layers[1:]), carried_bytes]  # of layer i: what layer i + 1 left
     plans = tuple(LayerPlan(r, r, dense_bytes=left) for r, left in zip(degrees, before, strict=True))
-    tail_bytes = 0.0 if carried_bytes else layers[0].gradient_bytes
+    tail_bytes = layers[0].gradient_bytes if whole_step or not carried_bytes else 0.0
     return StepPlan(plans, tail_bytes=tail_bytes, one_link=True)
 
 

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from experiments.checkpoint import remove_old_checkpoints
 from experiments.config import RunConfig
 from experiments.module import LanguageModel
+from experiments.progress_log import Phase, ProgressLog
 from experiments.ranks import RankInfo
 from experiments.results import MetricRow, RunDir
 from experiments.timing import synchronise
@@ -66,6 +67,7 @@ class Recorder(L.Callback):
         self.run_dir, self.footer = run_dir, footer
         self.stopped = False
         self.progress = Progress(config, start_step) if info.rank == 0 else None
+        self.progress_log = ProgressLog(run_dir.path) if info.rank == 0 else None
         self.rows: list[MetricRow] = []
         self.counts: list[np.ndarray] = []
         self.replicas: list[np.ndarray | None] = []  # beside each of the counts
@@ -106,6 +108,8 @@ class Recorder(L.Callback):
             signal.signal(signal.SIGTERM, self._sigterm)
         assert isinstance(module, LanguageModel)
         self.observed = {name: fact.numpy() for name, fact in module.gpt.moe_layers[0].observations().items()}
+        if self.progress_log is not None:
+            self.progress_log.note(trainer.global_step, "starting")
         self._restart_interval(trainer.global_step)
         self._cpu_start = time.thread_time()
 
@@ -149,12 +153,16 @@ class Recorder(L.Callback):
         self._interval_start, self._interval_step = time.perf_counter(), step
 
     @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Stop the clock: what is done inside is part of no step."""
+    def paused(self, step: int, phase: Phase) -> Iterator[None]:
+        """Stop the clock: what is done inside, after `step` steps, is part of none."""
         synchronise(self.mesh.device)
         started, cpu_started = time.perf_counter(), time.thread_time()
+        if self.progress_log is not None:
+            self.progress_log.note(step, phase)
         yield
         synchronise(self.mesh.device)
+        if self.progress_log is not None:
+            self.progress_log.note(step, "training")
         self._interval_start += time.perf_counter() - started
         self._cpu_start += time.thread_time() - cpu_started
 
@@ -179,6 +187,9 @@ class Recorder(L.Callback):
         if self.info.rank == 0:
             for (step, _, whereabouts), numbers in zip(self._pending, gathered, strict=True):
                 self._record(step, numbers, num_layers, whereabouts)
+            assert self.progress_log is not None
+            last = next(row for row in reversed(self.rows) if row.metric == "loss")
+            self.progress_log.note(last.step + 1, "training", last.value)
         self._pending.clear()
 
     def _record(self, step: int, numbers: Tensor, num_layers: int, whereabouts: Whereabouts) -> None:
@@ -240,12 +251,16 @@ class Recorder(L.Callback):
                 ids_TK = logits_TE.topk(layer.spec.top_k, dim=1).indices
             self._choices.append(ids_TK.detach())
 
-        self._watching = [layer.register_forward_hook(note) for layer in module.gpt.moe_layers]
+        self._watching = [
+            layer.register_forward_hook(note) for layer in module.gpt.moe_layers if layer.chooses_top_k
+        ]
 
     def _gather_choices(self, step: int) -> None:
         """The joint choices of every token of the step: int16 [layers, T of all ranks, K]. Collective."""
         for handle in self._watching:
             handle.remove()
+        if not self._choices:  # tokens do not choose, say by expert choice
+            return
         mine = torch.stack(self._choices).to(torch.int32).contiguous()
         gathered = [torch.empty_like(mine) for _ in range(self.mesh.world_size)]
         dist.all_gather(gathered, mine)
@@ -262,7 +277,8 @@ class Recorder(L.Callback):
         arrays = {"steps": np.array(self.counted_steps, dtype=np.int64), "dispatch_counts": np.stack(self.counts)}
         for name, by_step in (("replica_counts", self.replicas), ("expert_of_slot", self.places)):
             told = [array for array in by_step if array is not None]
-            if len(told) == len(self.counts):
+            assert len(told) in (0, len(self.counts)), f"{name} is told of {len(told)} steps of {len(self.counts)}"
+            if told:
                 arrays[name] = np.stack(told)
         arrays |= self.observed
         if self.sample is not None:
@@ -308,7 +324,7 @@ class Validator(L.Callback):
         if done % self.config.trainer.val_every and done != self.config.trainer.max_steps:
             return
         assert isinstance(module, LanguageModel)
-        with self.recorder.paused():
+        with self.recorder.paused(done, "validating"):
             self.recorder.add_validation(done, self._loss(trainer, module))
 
     @torch.no_grad()
@@ -338,7 +354,7 @@ class Checkpointer(L.Callback):
         done, every = trainer.global_step, self.config.trainer.checkpoint_every
         last = done == self.config.trainer.max_steps
         if last or self.recorder.stopped or done % every == 0:
-            with self.recorder.paused():
+            with self.recorder.paused(done, "saving"):
                 self._save(trainer, done, keep=1 if last else 2)
         if self.recorder.stopped:
             trainer.should_stop = True

@@ -27,6 +27,7 @@ from experiments.timing import Observed, interleave, over_ranks, peak_memory_byt
 from moe.errors import ConfigError
 from moe.mesh import Mesh, create_mesh
 from moe.metering import LinkMeter
+from moe.step_parts import step_part
 from moe.system import LayerSpec
 
 ENDLESS = 1_000_000  # batches: more than any timing takes
@@ -146,7 +147,8 @@ def _trainee(run: RunConfig, trained_steps: int, mesh: Mesh, writer: SampleWrite
         sync.clip(run.trainer.grad_clip or 0.0)
         for group in optimizer.param_groups:
             group["lr"] = run.trainer.lr * lr_factor(index, run.trainer)
-        optimizer.step()
+        with step_part("optimizer"):
+            optimizer.step()
         system.after_step(gpt, optimizer, index + 1)
         optimizer.zero_grad(set_to_none=True)  # at the end, so that a step frees what it allocated
 
@@ -186,8 +188,10 @@ def _add_observations(trainee: Trainee, config: CompareConfig, mesh: Mesh) -> No
     writer.add("tokens", [config.trainer.global_batch_size * config.model.seq_len], "tokens/step")
     peak = torch.tensor([float(peak_memory_bytes(trainee.step, device, trainee.gpt.moe_layers))], dtype=torch.float64)
     writer.add("peak_memory", over_ranks(peak, dist.ReduceOp.MAX, device).tolist(), "B")
-    for part, seconds in stage_rounds(trainee.step, trainee.gpt.moe_layers, STAGE_ROUNDS, device).items():
-        writer.add("stage_time", seconds, "s", part)
+    rounds = stage_rounds(trainee.step, trainee.gpt.moe_layers, STAGE_ROUNDS, device)
+    for metric, times in (("stage_time", rounds.stages), ("part_time", rounds.parts)):
+        for part, seconds in times.items():
+            writer.add(metric, seconds, "s", part)
 
 
 def _observe_layer(run: RunConfig, spec: LayerSpec, mesh: Mesh) -> Observed:

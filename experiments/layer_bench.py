@@ -222,7 +222,7 @@ def _build(case: Case, system: System, mesh: Mesh) -> MoELayer:
     layer = system.build_layer(case.spec, mesh)
     load_layer(layer)
     with torch.no_grad():
-        layer.gate_weight.copy_(case.gate_EM)
+        layer.set_gate(case.gate_EM)
         for parameter in layer.parameters():
             if parameter is not layer.gate_weight:  # weights in the dtype of the arithmetic, as in a tuned run
                 parameter.data = parameter.data.to(case.spec.dtype)
@@ -248,7 +248,7 @@ def _observe(candidate: Candidate, case: Case, mesh: Mesh) -> None:
     writer.add("tokens", [len(case.x_TM) * mesh.world_size], "tokens/step")
     peak = torch.tensor([float(peak_memory_bytes(candidate.step, device, [candidate.layer]))], dtype=torch.float64)
     writer.add("peak_memory", over_ranks(peak, dist.ReduceOp.MAX, device).tolist(), "B")
-    for part, seconds in stage_rounds(candidate.step, [candidate.layer], STAGE_ROUNDS, device).items():
+    for part, seconds in stage_rounds(candidate.step, [candidate.layer], STAGE_ROUNDS, device).stages.items():
         writer.add("stage_time", seconds, "s", part)
 
 

@@ -75,8 +75,8 @@ class MemoryEstimate:
     """Bytes that one rank needs for training.
 
     Args:
-        weights: float32 masters, and a bf16 copy where the arithmetic is bf16.
-        gradients: float32.
+        weights: float32 masters, and a bf16 copy where the arithmetic is bf16; slots in the dtype of the arithmetic.
+        gradients: float32; of slots in their dtype.
         optimizer: AdamW's two moments, float32.
         activations: what the forward pass keeps for the backward one (`activation_bytes`).
     """
@@ -140,7 +140,11 @@ def activation_bytes(model: ModelConfig, tokens: int, element_bytes: int) -> int
 
 
 def estimate_memory(
-    model: ModelConfig, trainer: TrainerConfig, world_size: int, expert_ranks: float | None = None
+    model: ModelConfig,
+    trainer: TrainerConfig,
+    world_size: int,
+    expert_ranks: float | None = None,
+    slot_copies: float = 0.0,
 ) -> MemoryEstimate:
     """Bytes of one rank.
 
@@ -150,14 +154,16 @@ def estimate_memory(
         world_size: ranks; the batch is spread over them.
         expert_ranks: ranks that the experts are spread over, by copies that are trained of an expert; None is all, 1
             means that every rank holds as many experts as there are.
+        slot_copies: see `System.slot_copies`.
     """
     parameters = count_parameters(model).per_rank(expert_ranks or world_size)
     copies = BFLOAT16_BYTES if trainer.precision == "bf16" else 0
     element_bytes = copies or FLOAT32_BYTES
     tokens = -(-trainer.global_batch_size // world_size) * model.seq_len
+    slots_bytes = int(count_parameters(model).experts * slot_copies / world_size) * element_bytes
     return MemoryEstimate(
-        weights=parameters * (FLOAT32_BYTES + copies),
-        gradients=parameters * FLOAT32_BYTES,
+        weights=parameters * (FLOAT32_BYTES + copies) + slots_bytes,
+        gradients=parameters * FLOAT32_BYTES + slots_bytes,
         optimizer=parameters * 2 * FLOAT32_BYTES,
         activations=activation_bytes(model, tokens, element_bytes),
     )
@@ -182,18 +188,19 @@ def check_fits(
     cluster: ClusterConfig,
     available: int | None = None,
     expert_ranks: float | None = None,
+    slot_copies: float = 0.0,
 ) -> MemoryEstimate:
     """The estimate, if one rank can hold it.
 
     Args:
         model, trainer, cluster: of the run.
         available: bytes of one rank; None asks `available_bytes`.
-        expert_ranks: see `estimate_memory`.
+        expert_ranks, slot_copies: see `estimate_memory`.
 
     Raises:
         ConfigError: it can't; the message holds the estimate.
     """
-    estimate = estimate_memory(model, trainer, cluster.world_size, expert_ranks)
+    estimate = estimate_memory(model, trainer, cluster.world_size, expert_ranks, slot_copies)
     available = available_bytes(cluster) if available is None else available
     if estimate.total > available:
         rule = (
@@ -206,11 +213,15 @@ def check_fits(
 
 
 def describe(
-    model: ModelConfig, trainer: TrainerConfig, cluster: Cluster | ClusterConfig, expert_ranks: float | None = None
+    model: ModelConfig,
+    trainer: TrainerConfig,
+    cluster: Cluster | ClusterConfig,
+    expert_ranks: float | None = None,
+    slot_copies: float = 0.0,
 ) -> str:
     """Two lines to print before anything is allocated: the parameters, and the memory of one rank."""
     count = count_parameters(model)
-    estimate = estimate_memory(model, trainer, cluster.world_size, expert_ranks)
+    estimate = estimate_memory(model, trainer, cluster.world_size, expert_ranks, slot_copies)
     rank_parameters = count.per_rank(expert_ranks or cluster.world_size)
     return (
         f"model {model.name}: {_number(count.total)} parameters, {_number(count.active)} active for a token "

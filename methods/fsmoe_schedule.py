@@ -32,7 +32,11 @@ def dense_window_s(work: LayerWork, costs: Costs, one_link: bool = False) -> flo
 
 
 def plan_fsmoe(
-    layers: Sequence[LayerWork], costs: Costs, carried_bytes: float = 0.0, one_link: bool = False
+    layers: Sequence[LayerWork],
+    costs: Costs,
+    carried_bytes: float = 0.0,
+    one_link: bool = False,
+    whole_step: bool = False,
 ) -> StepPlan:
     """The paper's plan of a step.
 
@@ -41,6 +45,8 @@ def plan_fsmoe(
         costs: of their operations.
         carried_bytes: of gradient that is there when backward begins.
         one_link: collectives in the node wait for those between nodes.
+        whole_step: what is carried belongs to this step, as a language model's head does; else the step is one period
+            of many, and the first layer's gradient is the next one's.
     """
 
     def times(work: LayerWork, backward: bool) -> LayerTimes:
@@ -51,7 +57,7 @@ def plan_fsmoe(
         BackwardLayer(times(work, backward=True), dense_window_s(work, costs, one_link), work.gradient_bytes)
         for work in reversed(layers)
     ]
-    if carried_bytes:  # one period of many: what the last layer leaves is the next period's
+    if carried_bytes and not whole_step:
         backward[-1] = BackwardLayer(backward[-1].times, backward[-1].dense_s, 0.0)
     made = in_whole_pairs(partition(backward, costs["all_reduce"], carried_bytes))
     slices = zip(made.degrees, made.moe_bytes, made.dense_bytes, strict=True)

@@ -1,8 +1,8 @@
 """SwiftMoE (arXiv 2504.19925, NSDI 2026 as SYMI): the number of an expert's replicas follows its popularity from one
 iteration to the next, at no cost on top of what an iteration sends anyway.
 
-    forward    tokens are routed, their counts summed over ranks; an expert's tokens go to its replicas
-    backward   gradients are summed over replicas inside ranks and between them
+    forward    tokens are routed and counted; an expert's tokens go to its replicas
+    backward   counts are summed over ranks, gradients over replicas inside ranks and between them
     step       every rank takes its shard of every expert's gradient, steps, and sends the new weights to the slots of
                the next placement, which the counts of this iteration decide
 
@@ -14,24 +14,27 @@ Dimensions: T tokens of a rank, K choices, M model, E experts, N ranks, J slots 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from methods.swiftmoe_optimizer import ExpertShards, wait_for_copies
+from methods.swiftmoe_optimizer import ExpertShards
 from methods.swiftmoe_popularity import Popularity
 from methods.swiftmoe_scheduler import SlotTable, even_table, table_of
 from methods.swiftmoe_slots import SlotExperts
 from moe.experts import GroupedExperts
 from moe.flat_experts import FlatExperts
 from moe.gate import Routing
-from moe.mesh import Mesh
-from moe.point_to_point import in_turn
+from moe.mesh import Mesh, ranks_are_on_cuda
+from moe.point_to_point import Exchange, in_turn
 from moe.replica_layer import ReplicatedMoE
 from moe.replica_table import SlotOptions
+from moe.step_parts import step_part
 from moe.sync import GradientSync, sum_of_squares
 from moe.system import ExpertView, LayerSpec, MoELayer, MoEOutput, System, moe_layers
 from moe.topology import Cluster
@@ -41,10 +44,16 @@ class Options(SlotOptions):
     """Options of conf/system/swiftmoe.yaml, beside those of `SlotOptions`.
 
     Args:
-        offload: the optimizer's shards and their step in the host's memory, as in the paper; on a CPU they are there.
+        reduce_dtype: of the experts' gradients on their way between ranks: `fp32` as in the other systems, or `bf16`,
+            half of the bytes, as in the paper's accounting.
+        offload: the optimizer's shards and their step in the host's memory, as in the paper.
     """
 
+    reduce_dtype: Literal["fp32", "bf16"] = "fp32"
     offload: bool = False
+
+
+REDUCE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class SwiftMoELayer(ReplicatedMoE):
@@ -60,20 +69,24 @@ class SwiftMoELayer(ReplicatedMoE):
 
     Attributes:
         table: which expert is in which slot.
-        popularity: of the last forward pass with gradients; one is meant to be in each training step.
+        counts_E: [E] int64, this rank's copies in the last forward pass with gradients, one of which is meant to be in
+            each training step; None once they are summed.
+        popularity: tells their sums over ranks, [E]; None before and after.
         whole: this rank's whole experts, while there are any.
     """
 
     table: SlotTable
     experts: SlotExperts
+    counts_E: Tensor | None
+    popularity: Callable[[], list[int]] | None
     whole: GroupedExperts | None
 
     def __init__(self, spec: LayerSpec, mesh: Mesh, options: Options) -> None:
         table = even_table(spec.num_experts, mesh.world_size, options.slots(spec.num_experts, mesh.world_size))
         flat = FlatExperts(spec, mesh.world_size)
         super().__init__(spec, mesh, table, SlotExperts(spec, mesh, table, flat), options.drop)
-        self.shards = ExpertShards(spec, mesh, flat, options.offload)
-        self.popularity: Popularity | None = None
+        self.shards = ExpertShards(spec, mesh, flat, REDUCE_DTYPES[options.reduce_dtype], options.offload)
+        self.counts_E = self.popularity = None
         self._set_whole(self.shards.new_whole(spec))
 
     def _set_whole(self, whole: GroupedExperts | None) -> None:
@@ -88,7 +101,7 @@ class SwiftMoELayer(ReplicatedMoE):
     def learn(self, routing: Routing) -> None:
         """How popular experts are, from a pass with gradients."""
         if torch.is_grad_enabled():
-            self.popularity = Popularity(routing.counts_E, self.mesh)
+            self.counts_E = routing.counts_E
 
     def start(self, optimizer: Optimizer | None = None) -> None:
         """Take whole experts over into shards and slots, if there are any, and their state in `optimizer`, if given.
@@ -133,7 +146,7 @@ class SwiftMoELayer(ReplicatedMoE):
     @property
     def path(self) -> str:
         """Slots, how tokens travel, how experts multiply, and where the optimizer is."""
-        where = "the host's memory" if self.shards.offloaded else "place"
+        where = "place" if self.shards.host is None else "the host's memory"
         return f"{super().path}; optimizer in {where}"
 
     def expert_views(self) -> list[ExpertView]:
@@ -171,13 +184,24 @@ class ShardSync(GradientSync):
         self.layers = layers
 
     def reduce(self) -> None:
-        """Reduce every gradient. Collective."""
-        in_turn(layer.shards.collect(layer.experts, layer.table) for layer in self.layers)
+        """Reduce every gradient, and sum how popular experts are. Collective."""
+        underway: list[Exchange] = []
+        in_turn(layer.shards.collect(layer.experts, layer.table, underway) for layer in self.layers)
+        with step_part("popularity"):  # here, so that a GPU has work to do while the host decides by it
+            self._sum_popularity()
         super().reduce()
-        if any(layer.shards.offloaded for layer in self.layers):
-            wait_for_copies(self.mesh)
-        for layer in self.layers:
-            layer.shards.finish()
+        with step_part("gradient_shards"):
+            for layer in self.layers:
+                layer.shards.finish()
+
+    def _sum_popularity(self) -> None:
+        counts = [layer.counts_E for layer in self.layers if layer.counts_E is not None]
+        if not counts:
+            return
+        assert len(counts) == len(self.layers), "layers that had no tokens"
+        popularity = Popularity(torch.stack(counts), self.mesh)
+        for index, layer in enumerate(self.layers):
+            layer.counts_E, layer.popularity = None, partial(popularity.counts, index)
 
     def squares_not_dense(self) -> Tensor:
         """As `GradientSync.squares_not_dense`; every number of an expert is on one rank."""
@@ -197,6 +221,14 @@ class SwiftMoE(System):
         refusals: list[str] = self.options.refusals("SwiftMoE", spec, cluster)
         return refusals
 
+    def expert_copies(self, num_experts: int, num_ranks: int) -> float:
+        """The shards of all ranks together are one; offloaded they take no memory of GPUs."""
+        return 0.0 if self.options.offload and ranks_are_on_cuda() else 1.0
+
+    def slot_copies(self, num_experts: int, num_ranks: int) -> float:
+        """Slots over experts."""
+        return float(self.options.slots(num_experts, num_ranks) * num_ranks / num_experts)
+
     def build_layer(self, spec: LayerSpec, mesh: Mesh) -> MoELayer:
         """The layer. Collective: it makes groups of ranks."""
         return SwiftMoELayer(spec, mesh, self.options)
@@ -208,10 +240,13 @@ class SwiftMoE(System):
     def after_step(self, model: nn.Module, optimizer: Optimizer, steps_done: int) -> None:
         """Decide the next iteration's replicas and fill their slots with the weights that the step made."""
         layers = _swift_layers(model)
-        place(
-            layers,
-            [layer.table.after(layer.popularity.counts()) if layer.popularity else layer.table for layer in layers],
-        )
+        told = [layer.popularity and layer.popularity() for layer in layers]  # the host waits here, once a step
+        with step_part("scheduler"):
+            tables = [
+                layer.table.after(popularity) if popularity else layer.table
+                for layer, popularity in zip(layers, told, strict=True)
+            ]
+        place(layers, tables)
 
 
 def place(layers: Sequence[SwiftMoELayer], tables: Sequence[SlotTable]) -> None:
@@ -221,10 +256,12 @@ def place(layers: Sequence[SwiftMoELayer], tables: Sequence[SlotTable]) -> None:
         layers: of a model, in order.
         tables: of each; of the layers' sizes, and the same on all ranks.
     """
-    for layer, table in zip(layers, tables, strict=True):
-        layer.use(table)
-        layer.popularity = None
-    in_turn(layer.shards.refill(layer.experts, layer.table) for layer in layers)
+    with step_part("metadata"):
+        for layer, table in zip(layers, tables, strict=True):
+            layer.use(table)
+            layer.popularity = None
+    with step_part("weights"):
+        in_turn(layer.shards.refill(layer.experts, layer.table) for layer in layers)
 
 
 def _swift_layers(model: nn.Module) -> list[SwiftMoELayer]:

@@ -11,6 +11,7 @@ Dimensions: E experts, N ranks, L slots of a rank, J = N L slots, G experts with
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import chain
 from typing import Any
 
 import torch
@@ -19,13 +20,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from methods.swiftmoe_groups import consecutive_groups
-from methods.swiftmoe_popularity import copy_stream
+from methods.swiftmoe_host import HostBuffers
 from methods.swiftmoe_scheduler import SlotTable
 from methods.swiftmoe_slots import SlotExperts
 from moe.experts import GroupedExperts
 from moe.flat_experts import FlatExperts
 from moe.mesh import Mesh
 from moe.point_to_point import Exchange
+from moe.step_parts import step_part
 from moe.system import LayerSpec
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -39,66 +41,102 @@ class ExpertShards(nn.Module):
         spec: of the layer.
         mesh: of the run.
         flat: layout of an expert's vector.
+        reduce_dtype: that gradients are summed over replicas and collected in.
         offload: keep the shards, and with them the optimizer's state and step, in the host's memory.
 
     Attributes:
         master_EF: [E, F] float32; its values come by `take`.
     """
 
-    def __init__(self, spec: LayerSpec, mesh: Mesh, flat: FlatExperts, offload: bool) -> None:
+    def __init__(
+        self, spec: LayerSpec, mesh: Mesh, flat: FlatExperts, reduce_dtype: torch.dtype, offload: bool
+    ) -> None:
         super().__init__()
-        self.mesh, self.flat = mesh, flat
-        self.offloaded = offload and mesh.device.type == "cuda"  # a CPU's memory is the host's
-        shape = (spec.num_experts, flat.shard_size)
-        place: dict[str, Any] = {"pin_memory": True} if self.offloaded else {"device": mesh.device}
-        self.master_EF = nn.Parameter(torch.empty(shape, **place))
-        self._staged_EF = torch.empty(shape, dtype=spec.dtype, pin_memory=True) if self.offloaded else None
+        self.mesh, self.flat, self.reduce_dtype = mesh, flat, reduce_dtype
+        self.host = HostBuffers((spec.num_experts, flat.shard_size), spec.dtype, mesh.device) if offload else None
+        place: dict[str, Any] = {"device": mesh.device} if self.host is None else self.host.place
+        self.master_EF = nn.Parameter(torch.empty(spec.num_experts, flat.shard_size, **place))
         self._groups = consecutive_groups(mesh.world_size)
         edges = [spec.num_experts * rank // mesh.world_size for rank in range(mesh.world_size + 1)]
         self._whole = [range(start, stop) for start, stop in zip(edges, edges[1:], strict=False)]
 
     # One step of training
 
-    def collect(self, slots: SlotExperts, table: SlotTable) -> Iterator[None]:
-        """Reduce the gradients of all slots and bring this rank's shards of them here; in parts, for `in_turn`.
+    def collect(self, slots: SlotExperts, table: SlotTable, underway: list[Exchange]) -> Iterator[None]:
+        """Reduce the gradients of all slots and make their mean over ranks the gradient of this rank's shards; in
+        parts, for `in_turn`, and where the shards are on the host followed by `finish`.
 
         Sums over an expert's slots of a rank, then an all-reduce over its ranks if they are several (section 4.1). Of
-        every expert one rank sends this one its shard (section 4.3, algorithm 2). `finish` makes it the gradient.
+        every expert one rank sends this one its shard (section 4.3, algorithm 2).
+
+        Args:
+            slots: with the gradients.
+            table: which expert is in which slot.
+            underway: exchanges of other layers that have not come to their end; this one's is among them meanwhile.
         """
         rank, num_ranks = self.mesh.rank, self.mesh.world_size
-        flat = slots.summed_gradients()
-        works = []
-        for row, run in zip(flat, slots.runs, strict=True):
-            ranks = table.holders[run.expert]
-            if len(ranks) > 1:
-                group = self._groups[ranks[0], ranks[-1]]
-                works.append(dist.all_reduce(row, group=group, async_op=True))
+        with step_part("expert_gradients"):
+            flat = slots.summed_gradients(self.reduce_dtype)
+            works = self._sum_over_ranks(flat, slots, table, underway)
         yield
-        for work in works:
-            work.wait()
-        slots.show_gradients(flat)
-        sends = [
-            [place for place, run in enumerate(slots.runs) if table.source(run.expert, peer) == rank]
-            for peer in range(num_ranks)
-        ]
-        sources = [table.source(expert, rank) for expert in range(len(self.master_EF))]
-        arrived = sorted(range(len(sources)), key=sources.__getitem__)  # in the order of who sends them
-        # Shard n of the expert at place g of those here is row g N + n.
-        order = [place * num_ranks + peer for peer, places in enumerate(sends) for place in places]
-        rows_RF = flat.view(-1, self.flat.shard_size).index_select(0, self._index(order))
-        exchange = Exchange(rows_RF, list(map(len, sends)), [sources.count(peer) for peer in range(num_ranks)], rank)
-        del flat, rows_RF
+        with step_part("expert_gradients"):
+            for work in works:
+                work.wait()
+            slots.show_gradients(flat)
+        with step_part("gradient_shards"):
+            sends = [
+                [place for place, run in enumerate(slots.runs) if table.source(run.expert, peer) == rank]
+                for peer in range(num_ranks)
+            ]
+            sources = [table.source(expert, rank) for expert in range(len(self.master_EF))]
+            arrived = sorted(range(len(sources)), key=sources.__getitem__)  # in the order of who sends them
+            # Shard n of the expert at place g of those here is row g N + n.
+            order = [place * num_ranks + peer for peer, places in enumerate(sends) for place in places]
+            rows_RF = flat.view(-1, self.flat.shard_size).index_select(0, self.mesh.tensor(order))
+            received_rows = [sources.count(peer) for peer in range(num_ranks)]
+            exchange = Exchange(rows_RF, list(map(len, sends)), received_rows, rank)
+            underway.append(exchange)
+            del flat, rows_RF
         yield
-        inverse = sorted(range(len(arrived)), key=arrived.__getitem__)
-        self._take_gradient(exchange.received().index_select(0, self._index(inverse)))
+        with step_part("gradient_shards"):
+            place_of = {expert: place for place, expert in enumerate(arrived)}
+            in_order = self.mesh.tensor([place_of[expert] for expert in range(len(arrived))])
+            grad_EF = exchange.received().index_select(0, in_order).to(torch.float32).div_(num_ranks)
+            underway.remove(exchange)
+            if self.host is None:
+                self.master_EF.grad = grad_EF.to(self.master_EF.dtype)
+            else:
+                self.host.take_gradient(grad_EF)
+
+    def _sum_over_ranks(
+        self, flat: Tensor, slots: SlotExperts, table: SlotTable, underway: list[Exchange]
+    ) -> list[dist.Work]:
+        """Sum the experts that several ranks hold, in place; what there is to wait for.
+
+        Each run of ranks has a communicator of its own, and two communicators of NCCL that are busy at once can lock
+        each other up: one GPU may begin with the one, another GPU with the other. So all ranks start all of them in one
+        order, and on a GPU each waits for the one before it, and the first for the messages under way, which are of yet
+        another communicator. It is the queue that waits there, not the host.
+        """
+        if flat.is_cuda:
+            for exchange in underway:
+                exchange.wait()
+        row_of = {run.expert: row for row, run in zip(flat, slots.runs, strict=True)}
+        works: list[dist.Work] = []
+        for expert in table.shared:
+            if expert in row_of:
+                ranks = table.holders[expert]
+                work = dist.all_reduce(row_of[expert], group=self._groups[ranks[0], ranks[-1]], async_op=True)
+                assert work is not None
+                if flat.is_cuda:
+                    work.wait()
+                works.append(work)
+        return works
 
     def finish(self) -> None:
-        """Make the mean over ranks of what `collect` brought the gradient of the shards; after `collect` of all layers
-        and, where state is offloaded, after the copies have arrived (`wait_for_copies`)."""
-        if self._staged_EF is not None:
-            self.master_EF.grad = self._staged_EF.to(torch.float32, copy=True)  # the buffer takes weights next
-        assert self.master_EF.grad is not None
-        self.master_EF.grad /= self.mesh.world_size
+        """Where shards are on the host, wait for what `collect` of all layers brings there."""
+        if self.host is not None:
+            self.master_EF.grad = self.host.gradient().to(self.master_EF.dtype)
 
     def refill(self, slots: SlotExperts, table: SlotTable) -> Iterator[None]:
         """Send every slot of `table` its expert's weights; in parts, for `in_turn`.
@@ -107,44 +145,22 @@ class ExpertShards(nn.Module):
         top (section 4.4). Slots of one rank with the same expert get it once each, as the paper counts.
         """
         slots_per_rank, num_ranks = table.slots_per_rank, self.mesh.world_size
-        rows_JF = self._weights(slots.w_in.dtype).index_select(0, self._index(table.expert_of_slot))
+        master_EF, dtype = self.master_EF.detach(), slots.w_in.dtype
+        weights_EF = master_EF.to(dtype) if self.host is None else self.host.weights(master_EF)
+        rows_JF = weights_EF.index_select(0, self.mesh.tensor(table.expert_of_slot))
         exchange = Exchange(rows_JF, [slots_per_rank] * num_ranks, [slots_per_rank] * num_ranks, self.mesh.rank)
-        del rows_JF
+        del weights_EF, rows_JF
         yield
         shards_NLF = exchange.received().view(num_ranks, slots_per_rank, -1)
         slots.use(table)
         slots.fill(shards_NLF.transpose(0, 1).flatten(1))
 
-    def _take_gradient(self, grad_EF: Tensor) -> None:
-        if self._staged_EF is None:
-            self.master_EF.grad = grad_EF.to(self.master_EF.dtype, copy=True)
-            return
-        stream = copy_stream(self.mesh.device)
-        stream.wait_stream(torch.cuda.current_stream(self.mesh.device))
-        with torch.cuda.stream(stream):
-            self._staged_EF.copy_(grad_EF, non_blocking=True)
-        grad_EF.record_stream(stream)
-
-    def _weights(self, dtype: torch.dtype) -> Tensor:
-        """[E, F] on the device that computes; from the host the copy goes beside what the device does."""
-        if self._staged_EF is None:
-            return self.master_EF.detach().to(dtype)
-        self._staged_EF.copy_(self.master_EF.detach())
-        stream, here = copy_stream(self.mesh.device), torch.cuda.current_stream(self.mesh.device)
-        with torch.cuda.stream(stream):
-            weights_EF = self._staged_EF.to(self.mesh.device, non_blocking=True)
-        here.wait_stream(stream)
-        weights_EF.record_stream(here)
-        return weights_EF
-
-    def _index(self, rows: list[int]) -> Tensor:
-        return torch.tensor(rows, dtype=torch.int64, device=self.mesh.device)
-
     # Whole experts, for initial weights and checkpoints
 
     def new_whole(self, spec: LayerSpec) -> GroupedExperts:
-        """This rank's part of the experts, whole and in float32, with nothing in it yet: each is on one rank."""
-        return GroupedExperts(spec, self._whole[self.mesh.rank], self.mesh.device)
+        """This rank's part of the experts, whole and in float32, with nothing in it yet: each is on one rank. In the
+        host's memory: a GPU need not have room for them, nor for their optimizer state, beside its slots."""
+        return GroupedExperts(spec, self._whole[self.mesh.rank], torch.device("cpu"))
 
     def take(self, whole: GroupedExperts, optimizer: Optimizer | None = None) -> None:
         """Cut whole experts into shards, and with `optimizer` what it has of their state. Collective."""
@@ -173,26 +189,29 @@ class ExpertShards(nn.Module):
             return
         for parameter in (whole.w_in, whole.w_out):
             optimizer.state[parameter] = {name: torch.empty_like(parameter) for name in MOMENTS}
-            optimizer.state[parameter]["step"] = mine["step"].clone()
+            optimizer.state[parameter]["step"] = mine["step"].to(parameter.device, copy=True)
         for name in MOMENTS:
             self._join(mine[name], optimizer.state[whole.w_in][name], optimizer.state[whole.w_out][name])
 
     def _cut(self, w_in: Tensor, w_out: Tensor, shard_EF: Tensor) -> None:
-        num_whole = list(map(len, self._whole))
-        mine, num_ranks = num_whole[self.mesh.rank], self.mesh.world_size
-        rows_RF = self.flat.pack(w_in, w_out).view(mine, num_ranks, self.flat.shard_size).transpose(0, 1).flatten(0, 1)
-        exchange = Exchange(rows_RF.contiguous(), [mine] * num_ranks, num_whole, self.mesh.rank)
-        shard_EF.copy_(exchange.received())
+        num_ranks, shard_size = self.mesh.world_size, self.flat.shard_size
+        for here, experts in self._one_a_rank():
+            flat = self.flat.pack(w_in[here], w_out[here])
+            rows_RF = flat.view(len(flat) * num_ranks, shard_size).to(self.mesh.device)
+            exchange = Exchange(rows_RF, [len(flat)] * num_ranks, [len(held) for held in experts], self.mesh.rank)
+            for row_F, expert in zip(exchange.received(), chain(*experts), strict=True):
+                shard_EF[expert].copy_(row_F)
 
     def _join(self, shard_EF: Tensor, w_in: Tensor, w_out: Tensor) -> None:
-        num_whole = list(map(len, self._whole))
-        mine, num_ranks = num_whole[self.mesh.rank], self.mesh.world_size
-        rows_RF = Exchange(shard_EF.to(self.mesh.device), num_whole, [mine] * num_ranks, self.mesh.rank).received()
-        whole = rows_RF.view(num_ranks, mine, self.flat.shard_size).transpose(0, 1).flatten(1)
-        self.flat.unpack(whole, w_in, w_out)
+        num_ranks = self.mesh.world_size
+        for here, experts in self._one_a_rank():
+            rows_RF = torch.stack([shard_EF[expert] for expert in chain(*experts)]).to(self.mesh.device)
+            mine = len(experts[self.mesh.rank])
+            exchange = Exchange(rows_RF, [len(held) for held in experts], [mine] * num_ranks, self.mesh.rank)
+            self.flat.unpack(exchange.received().view(mine, num_ranks * self.flat.shard_size), w_in[here], w_out[here])
 
-
-def wait_for_copies(mesh: Mesh) -> None:
-    """Let the host wait until gradients have come to its memory."""
-    if mesh.device.type == "cuda":
-        copy_stream(mesh.device).synchronize()
+    def _one_a_rank(self) -> Iterator[tuple[slice, list[range]]]:
+        """Rounds of at most one whole expert a rank, so that no more of them are on a GPU at once: its place among
+        those here, and each rank's."""
+        for place in range(max(map(len, self._whole))):
+            yield slice(place, place + 1), [held[place : place + 1] for held in self._whole]

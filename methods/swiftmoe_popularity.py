@@ -1,6 +1,6 @@
-"""How popular experts are, summed over ranks beside the forward pass (SYMI, arXiv 2504.19925, section 3.2).
+"""How popular experts are, summed over ranks (SYMI, arXiv 2504.19925, section 3.2).
 
-Dimensions: E experts.
+Dimensions: Z layers, E experts.
 """
 
 from __future__ import annotations
@@ -13,45 +13,29 @@ from moe.mesh import Mesh
 
 
 class Popularity:
-    """Copies that chose each expert in one forward pass, over all ranks and before drops (SYMI, section 3.2, step 1):
-    summed, and on a GPU brought to the host, while the layer goes on. Collective.
+    """Copies that chose each expert in a step's forward pass, over all ranks and before drops, of all layers in one
+    message (ours; SYMI sums each layer's amid its forward pass), and on a GPU on their way to the host. Collective.
 
     Args:
-        counts_E: [E] int64 of this rank.
+        counts_ZE: [Z, E] int64 of this rank; overwritten.
         mesh: of the run.
     """
 
-    def __init__(self, counts_E: Tensor, mesh: Mesh) -> None:
-        self._counts_E = counts_E.clone()
-        self._work = dist.all_reduce(self._counts_E, async_op=True) if mesh.world_size > 1 else None
-        self._arrived: torch.cuda.Event | None = None
-        if counts_E.is_cuda:
-            stream = copy_stream(mesh.device)
-            stream.wait_stream(torch.cuda.current_stream(mesh.device))
-            with torch.cuda.stream(stream):
-                if self._work is not None:
-                    self._work.wait()  # this stream does, not the host
-                on_host_E = torch.empty(counts_E.shape, dtype=counts_E.dtype, pin_memory=True)
-                on_host_E.copy_(self._counts_E, non_blocking=True)
-                self._arrived = torch.cuda.Event()
-                self._arrived.record()
-            self._counts_E.record_stream(stream)
-            self._counts_E = on_host_E
+    def __init__(self, counts_ZE: Tensor, mesh: Mesh) -> None:
+        if mesh.world_size > 1:
+            dist.all_reduce(counts_ZE)
+        self._counts_ZE, self._arrived = counts_ZE, None
+        self._known: list[list[int]] | None = None
+        if counts_ZE.is_cuda:
+            self._counts_ZE = torch.empty(counts_ZE.shape, dtype=counts_ZE.dtype, pin_memory=True)
+            self._counts_ZE.copy_(counts_ZE, non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
 
-    def counts(self) -> list[int]:
-        """[E]; waits for them on the host, and for nothing that was queued later."""
-        if self._arrived is not None:
-            self._arrived.synchronize()
-        elif self._work is not None:
-            self._work.wait()
-        return self._counts_E.tolist()
-
-
-_COPY_STREAMS: dict[torch.device, torch.cuda.Stream] = {}
-
-
-def copy_stream(device: torch.device) -> torch.cuda.Stream:
-    """The stream of a GPU on which SwiftMoE copies to and from the host beside its other work."""
-    if device not in _COPY_STREAMS:
-        _COPY_STREAMS[device] = torch.cuda.Stream(device)
-    return _COPY_STREAMS[device]
+    def counts(self, layer: int) -> list[int]:
+        """[E] of a layer. The host waits for them when asked first, and for nothing that was queued later."""
+        if self._known is None:
+            if self._arrived is not None:
+                self._arrived.synchronize()
+            self._known = self._counts_ZE.tolist()
+        return self._known[layer]

@@ -95,6 +95,14 @@ class SlotTable:
             for first, count in zip(self.first_slots, self.counts, strict=True)
         ]
 
+    @cached_property
+    def shared(self) -> list[int]:
+        """Experts on several ranks: every second one of them first, then those between. Experts' ranks are consecutive,
+        so two of one half never meet on a rank: reduced in this order, all are done in two rounds, where in the order
+        of slots each would wait for the one before it, from the first rank to the last."""
+        shared = [expert for expert, ranks in enumerate(self.holders) if len(ranks) > 1]
+        return shared[::2] + shared[1::2]
+
     def runs(self, rank: int) -> list[Run]:
         """The experts of a rank's slots, in order, each once."""
         start = rank * self.slots_per_rank

@@ -48,17 +48,18 @@ class SlotExperts(GroupedExperts):
         each = len(views) // len(self.experts)
         return [view for run in self.runs for view in views[run.first * each : (run.first + 1) * each]]
 
-    def summed_gradients(self) -> Tensor:
-        """The sum over this rank's slots of each expert, [G, N F], zero where there was no backward pass; torch's sums
-        of bfloat16 are made in float32 and rounded once."""
-        flat = self.flat.empty(len(self.runs), self.w_in)
+    def summed_gradients(self, dtype: torch.dtype) -> Tensor:
+        """The sum over this rank's slots of each expert, [G, N F] in a dtype, zero where there was no backward pass;
+        summed in float32 and rounded once."""
+        flat = self.flat.empty(len(self.runs), self.w_in, dtype)
         for part, weight in zip(self.flat.parts(flat), (self.w_in, self.w_out), strict=True):
             for row, run in zip(part, self.runs, strict=True):
                 if weight.grad is None:
                     row.zero_()
                 else:
                     grads = weight.grad[run.first : run.first + run.num_slots]
-                    row.view(grads.shape[1:]).copy_(grads[0] if run.num_slots == 1 else grads.sum(0))
+                    summed = grads[0] if run.num_slots == 1 else grads.sum(0, dtype=torch.float32)
+                    row.view(grads.shape[1:]).copy_(summed)
         return flat
 
     def show_gradients(self, flat: Tensor) -> None:

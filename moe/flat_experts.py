@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from math import prod
 
+import torch
 from torch import Tensor
 
 from moe.system import LayerSpec
@@ -25,9 +26,9 @@ class FlatExperts:
         self.num_weights = sum(map(prod, spec.expert_shapes.values()))
         self.num_shards, self.shard_size = num_shards, -(-self.num_weights // num_shards)
 
-    def empty(self, num_experts: int, like: Tensor) -> Tensor:
-        """[num_experts, N F] vectors in the dtype of `like`, zero where they are padded and nothing yet elsewhere."""
-        flat = like.new_empty(num_experts, self.num_shards * self.shard_size)
+    def empty(self, num_experts: int, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """[num_experts, N F] vectors in `dtype`, else that of `like`: zero in the padding, elsewhere nothing yet."""
+        flat = like.new_empty(num_experts, self.num_shards * self.shard_size, dtype=dtype)
         flat[:, self.num_weights :] = 0
         return flat
 

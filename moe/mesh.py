@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from moe.topology import Cluster
 
@@ -57,6 +60,13 @@ class Mesh:
         assert num_experts % self.ep_size == 0, f"{num_experts} experts can't be spread over {self.ep_size} ranks"
         per_rank = num_experts // self.ep_size
         return range(self.ep_rank * per_rank, (self.ep_rank + 1) * per_rank)
+
+    def tensor(self, values: Sequence[Any], dtype: torch.dtype = torch.int64) -> Tensor:
+        """Numbers of the host, nested or not, on this rank's device. What `torch.tensor` puts on a GPU lets the host
+        wait for all that is queued there; from pinned memory it goes while the host goes on."""
+        if self.device.type != "cuda":
+            return torch.tensor(values, dtype=dtype, device=self.device)
+        return torch.tensor(values, dtype=dtype, pin_memory=True).to(self.device, non_blocking=True)
 
 
 def ranks_are_on_cuda() -> bool:

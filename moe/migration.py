@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from moe.layer import NativeMoE
 from moe.placement import Placement
+from moe.step_parts import step_part
 from moe.system import moe_layers
 
 
@@ -21,6 +22,7 @@ def movable_layers(model: nn.Module) -> list[tuple[NativeMoE, Placement]]:
 
 
 @torch.no_grad()
+@step_part("migration")
 def migrate(moves: Sequence[tuple[NativeMoE, Sequence[int]]], optimizer: Optimizer) -> int:
     """Move experts between slots: their weights, and the optimizer's state of each of them.
 

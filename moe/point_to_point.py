@@ -36,11 +36,15 @@ class Exchange:
                 operations.append(dist.P2POp(dist.irecv, received[before], before))
         self._works = dist.batch_isend_irecv(operations) if operations else []
 
-    def received(self) -> Tensor:
-        """Rows [R', F], those from rank 0 first, once they are there."""
+    def wait(self) -> None:
+        """Until the rows are there; on a GPU what is queued next waits, the host does not."""
         for work in self._works:
             work.wait()
         self._works, self._sent = [], ()
+
+    def received(self) -> Tensor:
+        """Rows [R', F], those from rank 0 first, once they are there."""
+        self.wait()
         return self._received_RF
 
 

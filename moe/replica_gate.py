@@ -83,9 +83,9 @@ class ReplicaGate(TopKGate):
         self.num_slots = table.num_slots
         by_expert = sorted(range(table.num_slots), key=table.expert_of_slot.__getitem__)
         firsts = list(accumulate(table.counts, initial=0))[:-1]
-        self.first_E, self.replicas_E = torch.tensor([firsts, table.counts], device=self.mesh.device)
+        self.first_E, self.replicas_E = self.mesh.tensor([firsts, table.counts])
         in_order = by_expert == list(range(table.num_slots))
-        self.slots_J = None if in_order else torch.tensor(by_expert, device=self.mesh.device)
+        self.slots_J = None if in_order else self.mesh.tensor(by_expert)
 
     def keep(self, expert_ids_TK: Tensor) -> Tensor | None:
         """As `TopKGate.keep`; collective where the drop rule is global and there is a capacity."""

@@ -98,21 +98,28 @@ def layer_times(work: LayerWork, costs: Costs, backward: bool = False) -> LayerT
 
     Args:
         work: of the layer.
-        costs: of `all_to_all`, `all_gather`, `reduce_scatter` and `gemm`.
+        costs: of `all_to_all`, `all_gather`, `reduce_scatter` and `gemm`; of `gemm_backward`, if that was measured.
         backward: direction.
     """
 
     def part(operation: str, amount: float, calls: int = 1) -> Part:
+        if not amount:
+            return Part(0, 0)
         cost = costs[operation]
-        return Part(calls * cost.alpha_s, amount * cost.beta_s_per_byte) if amount else Part(0, 0)
+        return Part(calls * cost.alpha_s, amount * cost.beta_s_per_byte)
 
-    experts = part("gemm", work.expert_work, work.expert_calls)
+    times = BACKWARD_WORK if backward else 1
     return LayerTimes(
         all_to_all=part("all_to_all", work.all_to_all_bytes),
         all_gather=part("all_gather", work.shard_bytes),
         reduce_scatter=part("reduce_scatter", work.shard_bytes),
-        experts=experts.scaled(BACKWARD_WORK) if backward else experts,
+        experts=part(gemm_of(costs, backward), times * work.expert_work, times * work.expert_calls),
     )
+
+
+def gemm_of(costs: Costs, backward: bool) -> str:
+    """The operation that the experts' matrix products cost as: backward `gemm_backward` where it was measured."""
+    return "gemm_backward" if backward and "gemm_backward" in costs else "gemm"
 
 
 @dataclass(frozen=True)
@@ -292,20 +299,38 @@ def fsmoe_pipeline(
     shard = replace(base, resource=in_node, work=work.shard_bytes / degree)
     experts = replace(base, kind="experts", operation="gemm", work=times * work.expert_work / degree)
     experts = replace(experts, calls=times * work.expert_calls)
+    one_link = in_node == INTER
+
+    def gather(ready: int, chunk: int) -> int:
+        if not work.shard_bytes:
+            return ready
+        return program.add(replace(shard, kind="gather", operation="all_gather", after=(ready,), chunk=chunk))
+
+    # A host that issues all dispatches first need not wait for the first one in order to begin its gather.
     arrived = []
     for chunk in range(degree):
         ready = program.add(replace(exchange, kind="dispatch", chunk=chunk))
-        if work.shard_bytes:
-            gather = replace(shard, kind="gather", operation="all_gather", after=(ready,), chunk=chunk)
-            ready = program.add(gather)
-        arrived.append(ready)
+        arrived.append(gather(ready, chunk) if one_link else ready)
+    if not one_link:
+        arrived = [gather(ready, chunk) for chunk, ready in enumerate(arrived)]
     if base.backward:
         _all_reduce(program, plan.moe_bytes, base.after, base.layer)
-    combined = []
+    computed: list[int] = []
+    combined: list[int] = []
+
+    def combine() -> None:
+        chunk = len(combined)
+        combined.append(program.add(replace(exchange, kind="combine", after=(computed[chunk],), chunk=chunk)))
+
     for chunk, ready in enumerate(arrived):
         done = program.add(replace(experts, after=(ready,), chunk=chunk))
         if work.shard_bytes:
             scatter = replace(shard, kind="scatter", operation="reduce_scatter", after=(done,), chunk=chunk)
             done = program.add(scatter)
-        combined.append(program.add(replace(exchange, kind="combine", after=(done,), chunk=chunk)))
+        computed.append(done)
+        # Likewise: while a chunk's scatter is under way on a link of its own, the next chunk's experts are issued.
+        if one_link or not work.shard_bytes or chunk:
+            combine()
+    while len(combined) < degree:
+        combine()
     return tuple(combined)

@@ -4,18 +4,23 @@ Forward: gate until the gate module returns, dispatch until the experts are call
 until the layer returns. Backward, in the order in which gradients arrive: combine from the layer's output to the
 experts' output, experts to the experts' input, dispatch until autograd enters the gate (which it does last, since the
 gate ran first), gate to the layer's input.
+
+What a training step does outside of its layers is told by who does it (`moe.step_parts`), and timed by the same clock.
 """
 
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from moe.step_parts import HOST_PARTS, PARTS, RUNNING
 from moe.system import MoELayer
 
 STAGES = ("gate", "dispatch", "experts", "combine")
@@ -33,6 +38,7 @@ class StageClock:
         self.layers = layers
         self.on_cuda = bool(layers) and layers[0].mesh.device.type == "cuda"
         self._marks: dict[tuple[int, str, str], Any] = {}
+        self._parts: dict[str, list[tuple[Any, Any]]] = defaultdict(list)
 
     def stage_times_s(self) -> dict[str, float]:
         """Seconds by `forward/<stage>` and `backward/<stage>`, summed over the layers, of the last `timed` block."""
@@ -45,31 +51,49 @@ class StageClock:
                 totals[f"{direction}/{stage}"] = sum(spans)
         return totals
 
+    def part_times_s(self) -> dict[str, float]:
+        """Seconds of all of `moe.step_parts.PARTS` in the last `timed` block, 0 for those that were not done. On a GPU
+        of its queue, but for HOST_PARTS."""
+        if self.on_cuda:
+            torch.cuda.synchronize()
+        return {
+            name: sum((_seconds(first, last, self._on_queue(name)) for first, last in self._parts[name]), 0.0)
+            for name in PARTS
+        }
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """As `moe.step_parts.PartClock.part`."""
+        first = _now(self._on_queue(name))
+        yield
+        self._parts[name].append((first, _now(self._on_queue(name))))
+
+    def _on_queue(self, name: str) -> bool:
+        return self.on_cuda and name not in HOST_PARTS
+
     def _span(self, layer: int, direction: str, start: str, end: str) -> float:
         first, last = self._marks.get((layer, direction, start)), self._marks.get((layer, direction, end))
         if first is None or last is None:  # no backward was run, or the gate has no gradient
             return 0.0
-        seconds = first.elapsed_time(last) / 1e3 if self.on_cuda else last - first
-        return max(0.0, seconds)  # experts that read the layer's own input (the oracle's) have no dispatch before them
+        # Experts that read the layer's own input (the oracle's) have no dispatch before them.
+        return max(0.0, _seconds(first, last, self.on_cuda))
 
     @contextmanager
     def timed(self) -> Iterator[StageClock]:
-        """Hook the layers for one forward and backward. Remove the hooks afterwards."""
+        """Hook the layers for one forward and backward, and hear of the step's parts. Remove the hooks afterwards."""
         self._marks.clear()
+        self._parts.clear()
         handles = [handle for index, layer in enumerate(self.layers) for handle in self._hook(index, layer)]
+        RUNNING.append(self)
         try:
             yield self
         finally:
+            RUNNING.remove(self)
             for handle in handles:
                 handle.remove()
 
     def _mark(self, layer: int, direction: str, name: str) -> None:
-        if self.on_cuda:
-            event = torch.cuda.Event(enable_timing=True)
-            event.record()
-            self._marks[layer, direction, name] = event
-        else:
-            self._marks[layer, direction, name] = time.perf_counter()
+        self._marks[layer, direction, name] = _now(self.on_cuda)
 
     def _mark_once(self, layer: int, direction: str, name: str) -> None:
         if (layer, direction, name) not in self._marks:
@@ -105,13 +129,42 @@ class StageClock:
             self._mark(index, "forward", "combine")
             on_gradient(output, "start")
 
-        return [
+        handles = [
             layer.register_forward_pre_hook(layer_starts),
             gate.register_forward_hook(gate_ends),
-            experts[0].register_forward_pre_hook(experts_start),
-            experts[-1].register_forward_hook(experts_end),
             layer.register_forward_hook(layer_ends),
         ]
+        if layer.stage_listeners is not None:
+            return [*handles, _Told(layer.stage_listeners, partial(self._mark, index))]
+        return [
+            *handles,
+            experts[0].register_forward_pre_hook(experts_start),
+            experts[-1].register_forward_hook(experts_end),
+        ]
+
+
+class _Told:
+    """A place among a layer's listeners, as a handle of a hook."""
+
+    def __init__(self, listeners: list[Any], listener: Any) -> None:
+        self.listeners, self.listener = listeners, listener
+        listeners.append(listener)
+
+    def remove(self) -> None:
+        self.listeners.remove(self.listener)
+
+
+def _now(on_queue: bool) -> Any:
+    """A moment of the GPU's queue, else the host's seconds."""
+    if not on_queue:
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def _seconds(first: Any, last: Any, on_queue: bool) -> float:
+    return float(first.elapsed_time(last) / 1e3 if on_queue else last - first)
 
 
 def _tensors(value: Any) -> list[Tensor]:

@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from moe.step_parts import step_part
+
 if TYPE_CHECKING:
     from moe.mesh import Mesh
 
@@ -38,9 +40,15 @@ class GradientSync:
 
     def reduce(self) -> None:
         """Reduce every gradient in place. Collective."""
-        _reduce_bucket(self.dense, dist.group.WORLD, self.mesh.world_size, self.mesh.world_size)
-        _reduce_bucket(self.sharded, self.mesh.edp_group, self.mesh.edp_size, self.mesh.world_size)
+        with step_part("dense_gradients"):
+            self.reduce_dense()
+        with step_part("expert_gradients"):
+            _reduce_bucket(self.sharded, self.mesh.edp_group, self.mesh.edp_size, self.mesh.world_size)
         _reduce_bucket(self.local, None, 1, self.mesh.world_size)
+
+    def reduce_dense(self) -> None:
+        """The dense ones of them. Collective."""
+        _reduce_bucket(self.dense, dist.group.WORLD, self.mesh.world_size, self.mesh.world_size)
 
     def clip(self, max_norm: float) -> Tensor:
         """Scale all gradients so that their global norm is at most `max_norm` (0: leave them). Collective.

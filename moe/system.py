@@ -86,6 +86,10 @@ class MoEOutput(NamedTuple):
     expert_ids_TK: Tensor | None
 
 
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor
+
+
 @dataclass(frozen=True)
 class ExpertView:
     """One canonical matrix of one expert inside a system's own parameter layout.
@@ -96,21 +100,33 @@ class ExpertView:
         parameter: the parameter that holds it, possibly with other experts'.
         view: from a tensor shaped like `parameter` (the data, the gradient, an optimizer moment) to a view of the
             canonical shape, `LayerSpec.expert_shapes[name]`.
+        part: from a tensor of the canonical shape to what `view` shows of it, where a rank has a part of an expert.
     """
 
     expert: int
     name: str
     parameter: nn.Parameter
     view: Callable[[Tensor], Tensor]
+    part: Callable[[Tensor], Tensor] = _itself
 
 
 class MoELayer(nn.Module, ABC):
-    """An MoE layer of some system. Calling it takes x [T, M] and returns an `MoEOutput`."""
+    """An MoE layer of some system. Calling it takes x [T, M] and returns an `MoEOutput`.
+
+    Attributes:
+        stage_listeners: None where the calls of `stage_modules` bound the stages. A layer whose experts run inside one
+            autograd function has a list here, and tells each that is in it (`forward` or `backward`, stage) when the
+            stage before its experts ends, and when they do.
+        chooses_top_k: False where tokens do not choose K experts each, so that there are no choices to record.
+    """
+
+    chooses_top_k: ClassVar[bool] = True
 
     def __init__(self, spec: LayerSpec, mesh: Mesh) -> None:
         super().__init__()
         self.spec = spec
         self.mesh = mesh
+        self.stage_listeners: list[Callable[[str, str], None]] | None = None
 
     @abstractmethod
     def forward(self, x_TM: Tensor) -> MoEOutput:
@@ -119,7 +135,11 @@ class MoELayer(nn.Module, ABC):
     @property
     @abstractmethod
     def gate_weight(self) -> nn.Parameter:
-        """The gate's matrix, [E, M] float32, the same on every rank."""
+        """The gate's matrix, [E, M] float32 (less wide where a gate projects tokens), the same on every rank."""
+
+    def set_gate(self, gate_EM: Tensor) -> None:
+        """Take a gate's matrix, [E, M]; no gradient may be asked of this."""
+        self.gate_weight.copy_(gate_EM)
 
     @abstractmethod
     def expert_views(self) -> list[ExpertView]:
@@ -239,9 +259,19 @@ class System(ABC):
         """Plain sentences that say why this combination can't run; empty when it can."""
         return []
 
+    @property
+    def own_gate(self) -> bool:
+        """Whether it is configured to route otherwise than the suite's gate, so that no oracle knows its outputs."""
+        return False
+
     def expert_copies(self, num_experts: int, num_ranks: int) -> float:
         """Copies that are trained of an expert over all ranks, the mean over experts, for the estimate of memory."""
         return 1.0 if self.shards_experts else float(num_ranks)
+
+    def slot_copies(self, num_experts: int, num_ranks: int) -> float:
+        """Copies of an expert over all ranks, beside those that are trained, that a step computes with: weights and
+        gradients in the dtype of the arithmetic. The mean over experts, for the estimate of memory."""
+        return 0.0
 
     @abstractmethod
     def build_layer(self, spec: LayerSpec, mesh: Mesh) -> MoELayer:

@@ -35,6 +35,14 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 AUX_WEIGHT = 10.0
 """Weight of the balance loss in the loss: such that its part of the gate's gradient can't hide below the tolerance."""
 
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "fsmoe, 3 and 2 chunks": ("fsmoe", {"degree": 3, "backward_degree": 2}),
+    "fsmoe, 1 and 4 chunks": ("fsmoe", {"schedule": "fsmoe_no_iio", "degree": 1, "backward_degree": 4}),
+    "fsmoe, cut experts": ("fsmoe", {"expert_sharding": True, "degree": 2, "backward_degree": 3}),
+    "schemoe, 2 chunks": ("pipelined", {"schedule": "schemoe", "degree": 2, "backward_degree": 2}),
+}
+"""Systems with options that must keep the contract, too: name and options by label."""
+
 Record = dict[str, Any]
 
 
@@ -91,12 +99,14 @@ def measure(payload: dict[str, Any], info: RankInfo) -> dict[str, dict[str, list
     """What the ranks recorded: {system: {case: [record of each rank]}}.
 
     Args:
-        payload: {"systems": names in the registry} to run on all cases; the wrong systems run on theirs.
+        payload: {"systems": names in the registry, "variants": keys of VARIANTS} to run on all cases; the wrong systems
+            run on theirs.
         info: of this rank.
     """
     torch.set_num_threads(1)
     meshes = {size: create_mesh(CLUSTER, info.device, size) for size in sorted({case.ep_size for case in CASES})}
     jobs = [(name, create(name), case) for name in payload["systems"] for case in CASES]
+    jobs += [(label, create(*VARIANTS[label]), case) for label in payload["variants"] for case in CASES]
     jobs += [(wrong.name, wrong(), case) for wrong in WRONG for case in CASES if case.name == wrong.case]
     records: dict[str, dict[str, list[Record]]] = {}
     for name, system, case in jobs:
@@ -108,11 +118,12 @@ def measure(payload: dict[str, Any], info: RankInfo) -> dict[str, dict[str, list
 
 @dataclass
 class Run:
-    """One forward and backward of a layer, gradients reduced."""
+    """One forward and backward of a layer, gradients reduced; of cut experts, which parts of them these are of."""
 
     layer: MoELayer
     output: MoEOutput
     gradients: dict[str, Tensor]
+    parts: dict[str, Callable[[Tensor], Tensor]]
     num_rows: int
     stage_times_s: dict[str, float]
 
@@ -145,10 +156,12 @@ def _run(system: System, case: Case, mesh: Mesh, aux_weight: float, dtype: torch
     system.gradient_sync(layer, mesh).reduce()
     assert x_TM.grad is not None and layer.gate_weight.grad is not None
     gradients = {"input gradient": x_TM.grad, "gate gradient": layer.gate_weight.grad}
+    parts = {}
     for view in layer.expert_views():
         assert view.parameter.grad is not None
-        gradients[f"gradient of expert {view.expert} {view.name}"] = view.view(view.parameter.grad)
-    return Run(layer, output, gradients, sum(row_counts), clock.stage_times_s())
+        name = f"gradient of expert {view.expert} {view.name}"
+        gradients[name], parts[name] = view.view(view.parameter.grad), view.part
+    return Run(layer, output, gradients, parts, sum(row_counts), clock.stage_times_s())
 
 
 def _record(system: System, case: Case, mesh: Mesh) -> Record:
@@ -164,7 +177,9 @@ def _record(system: System, case: Case, mesh: Mesh) -> Record:
     oracle = _run(Reference(), case, mesh, aux_weight, torch.float32)
     output, expected = run.output, oracle.output
     errors = {"output": relative_error(output.y_TM, expected.y_TM)}
-    errors |= {name: relative_error(grad, oracle.gradients[name]) for name, grad in run.gradients.items()}
+    for name, grad in run.gradients.items():
+        whole = oracle.gradients[name]
+        errors[name] = relative_error(grad, run.parts[name](whole) if name in run.parts else whole)
     told_TK, chosen_TK = output.expert_ids_TK, expected.expert_ids_TK
     assert chosen_TK is not None
     if case.routing != "gate":

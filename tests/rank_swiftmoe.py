@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -15,12 +16,14 @@ from experiments.model import build_gpt
 from experiments.optimizer import build_optimizer, lr_factor
 from experiments.ranks import RankInfo
 from experiments.registry import create
+from methods import swiftmoe_optimizer
 from methods.swiftmoe import SwiftMoE, SwiftMoELayer, place
 from methods.swiftmoe_groups import consecutive_groups
 from methods.swiftmoe_scheduler import SlotTable, even_table
 from moe.mesh import Mesh, create_mesh
 from moe.metering import LinkMeter
 from moe.point_to_point import Exchange, in_turn
+from moe.stages import StageClock
 from moe.system import LayerSpec, MoELayer, System
 from moe.topology import cluster_of
 from moe.weights import load_layer
@@ -56,6 +59,8 @@ def measure(payload: dict[str, Any], info: RankInfo) -> list[dict[str, Any]]:
         "placements": {name: placements(spec, mesh) for name, spec in LAYERS.items()},
         "pairs": placements(LAYERS["top1"], pairs),
         "bf16": bf16(mesh),
+        "reduced": reduced(mesh),
+        "offloaded": offloaded(mesh),
         "bytes": [sent(table, mesh) for table in TABLES],
         "drops": {drop: drops(drop, mesh) for drop in ("per_source", "global")},
         "few experts": few_experts(mesh),
@@ -114,9 +119,10 @@ class Trainee:
     def step(self, index: int) -> dict[str, Tensor]:
         """Forward, backward and update; what came of it, gradients before the clipping."""
         self.optimizer.zero_grad()
-        spec, rank = self.layer.spec, self.layer.mesh.rank
-        generator = torch.Generator().manual_seed(100 * index + rank)
-        x_TM, target_TM = torch.randn(2, 20 + rank, spec.model_dim, generator=generator).to(spec.dtype)
+        spec, mesh = self.layer.spec, self.layer.mesh
+        generator = torch.Generator().manual_seed(100 * index + mesh.rank)
+        drawn = torch.randn(2, 20 + mesh.rank, spec.model_dim, generator=generator)
+        x_TM, target_TM = drawn.to(mesh.device, spec.dtype)
         x_TM = x_TM.clone().requires_grad_()
         output = self.layer(x_TM)
         ((output.y_TM - target_TM).square().mean() + 0.01 * output.aux_loss).backward()
@@ -198,10 +204,10 @@ def placements(spec: LayerSpec, mesh: Mesh) -> dict[str, Any]:
 def replicas_agree(layer: SwiftMoELayer) -> bool:
     """Whether all slots of all ranks hold the bits of their expert's master weights, rounded to the slots' dtype."""
     flat_LP = layer.experts.flat.pack(layer.experts.w_in.detach(), layer.experts.w_out.detach())
-    slots_NLP = [torch.empty_like(flat_LP) for _ in range(WORLD_SIZE)]
+    slots_NLP = [torch.empty_like(flat_LP) for _ in range(layer.mesh.world_size)]
     dist.all_gather(slots_NLP, flat_LP)
-    master_EF = layer.shards.master_EF.detach().to(flat_LP.dtype)
-    shards_NEF = [torch.empty_like(master_EF) for _ in range(WORLD_SIZE)]
+    master_EF = layer.shards.master_EF.detach().to(flat_LP)
+    shards_NEF = [torch.empty_like(master_EF) for _ in range(layer.mesh.world_size)]
     dist.all_gather(shards_NEF, master_EF)
     masters_EP = torch.cat(shards_NEF, dim=1)
     return torch.equal(torch.cat(slots_NLP), masters_EP[torch.tensor(layer.table.expert_of_slot)])
@@ -226,6 +232,60 @@ def bf16(mesh: Mesh) -> dict[str, Any]:
         "replicas": replicas,
         "errors": errors,
     }
+
+
+def reduced(mesh: Mesh) -> dict[str, Any]:
+    """By dtype of the reduction in bfloat16 training: errors of this rank's shards, and bytes of experts' gradients."""
+    facts: dict[str, Any] = {}
+    for reduce_dtype in ("fp32", "bf16"):
+        spec = dataclasses.replace(LAYERS["top1"], dtype=torch.bfloat16)
+        system, layer = swift_layer(spec, mesh, reduce_dtype=reduce_dtype)
+        sync = system.gradient_sync(layer, mesh)
+        layer.start()
+        place([layer], [TABLES[1]])
+        generator = torch.Generator().manual_seed(mesh.rank)
+        x_TM = torch.randn(40, spec.model_dim, generator=generator).to(spec.dtype)
+        (layer(x_TM).y_TM.float() * torch.randn(40, spec.model_dim, generator=generator)).sum().backward()
+        expected_EP = _summed(layer)
+        meter = LinkMeter(mesh.cluster, mesh.rank)
+        with meter.installed():
+            sync.reduce()
+        shard_EF = layer.shards.master_EF.grad
+        assert shard_EF is not None and shard_EF.dtype == torch.float32
+        mine = slice(mesh.rank * shard_EF.shape[1], (mesh.rank + 1) * shard_EF.shape[1])
+        errors = [relative_error(row_F, whole_P[mine]) for row_F, whole_P in zip(shard_EF, expected_EP, strict=True)]
+        of_gate_and_counts = 2 * (WORLD_SIZE - 1) / WORLD_SIZE * (layer.gate_weight.nbytes + 8 * spec.num_experts)
+        facts[reduce_dtype] = {
+            "errors": errors,
+            "collected bytes": _sum(meter, "alltoall"),
+            "reduced bytes": _sum(meter, "reduction") - of_gate_and_counts,
+        }
+    return facts
+
+
+def _summed(layer: SwiftMoELayer) -> Tensor:
+    """Of all slots' gradients, [E, N F] float64: the mean over ranks of each expert's sum."""
+    experts, num_experts = layer.experts, layer.spec.num_experts
+    assert experts.w_in.grad is not None and experts.w_out.grad is not None
+    flat_LP = experts.flat.pack(experts.w_in.grad, experts.w_out.grad).double()
+    slots_NLP = [torch.empty_like(flat_LP) for _ in range(WORLD_SIZE)]
+    dist.all_gather(slots_NLP, flat_LP)
+    owner = torch.tensor(layer.table.expert_of_slot)
+    return flat_LP.new_zeros(num_experts, flat_LP.shape[1]).index_add(0, owner, torch.cat(slots_NLP)) / WORLD_SIZE
+
+
+def offloaded(mesh: Mesh) -> dict[str, Any]:
+    """Whether training with the optimizer in the host's memory is that without, by the bits."""
+    trainees = [Trainee(*swift_layer(LAYERS["top2 swiglu"], mesh, offload=offload)) for offload in (False, True)]
+    steps = []
+    for index, table in enumerate(TABLES):
+        here, offloaded = (trainee.step(index) for trainee in trainees)
+        steps.append(same(offloaded, here))
+        place([trainee.layer for trainee in trainees if isinstance(trainee.layer, SwiftMoELayer)], [table, table])
+    layer = trainees[1].layer
+    assert isinstance(layer, SwiftMoELayer)
+    states = [state(trainee) for trainee in trainees]
+    return {"steps": steps, "state": same(*states), "slots": replicas_agree(layer)}
 
 
 def sent(table: SlotTable, mesh: Mesh) -> dict[str, float]:
@@ -327,8 +387,9 @@ def checkpoint(mesh: Mesh) -> dict[str, Any]:
     for index, table in enumerate(TABLES[:3]):
         first.step(index)
         place([layer], [table])
-    saved, slots = state(first), layer.expert_of_slot
-    facts: dict[str, Any] = {"slots": slots}
+    with sent_rows() as rows:
+        saved, slots = state(first), layer.expert_of_slot
+    facts: dict[str, Any] = {"slots": slots, "messages": len(rows), "most rows": max(rows)}
     for name in ("new", "used"):
         other_system, other = swift_layer(dataclasses.replace(spec, seed=5), mesh)
         second = Trainee(other_system, other)
@@ -360,6 +421,19 @@ def checkpoint(mesh: Mesh) -> dict[str, Any]:
     return facts
 
 
+@contextmanager
+def sent_rows() -> Iterator[list[int]]:
+    """Shards in each of the optimizer's exchanges."""
+    rows: list[int] = []
+
+    def exchange(rows_RF: Tensor, *more: Any) -> Exchange:
+        rows.append(len(rows_RF))
+        return Exchange(rows_RF, *more)
+
+    with mock.patch.object(swiftmoe_optimizer, "Exchange", exchange):
+        yield rows
+
+
 def same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
     """The same bits under the same names."""
     return found.keys() == expected.keys() and all(torch.equal(value, expected[name]) for name, value in found.items())
@@ -373,6 +447,7 @@ def model(mesh: Mesh) -> dict[str, Any]:
         gpt = build_gpt(MODELS["other"], system, mesh, 5, torch.float32)
         sync, optimizer = system.gradient_sync(gpt, mesh), build_optimizer(gpt, trainer)
         losses, norms, tables, predicted = [], [], [], []
+        clock = StageClock(gpt.moe_layers)
         for index in range(NUM_STEPS):
             tokens_BS = batch(index, mesh)
             found = gpt(tokens_BS[:, :-1], tokens_BS[:, 1:])
@@ -392,7 +467,13 @@ def model(mesh: Mesh) -> dict[str, Any]:
             predicted.append(
                 [table.after(counts.tolist()).counts for table, counts in zip(before, counts_LE, strict=False)]
             )
+        with clock.timed():
+            tokens_BS = batch(NUM_STEPS, mesh)
+            gpt(tokens_BS[:, :-1], tokens_BS[:, 1:]).cross_entropy.backward()
+            sync.reduce()
+            system.after_step(gpt, optimizer, NUM_STEPS + 1)
         facts[name] = {"losses": losses, "norms": norms, "tables": tables, "predicted": predicted}
+        facts[name]["parts"] = clock.part_times_s()
         facts[name]["parameters"] = parameters_of(gpt)
     return facts
 

@@ -10,7 +10,7 @@ import pytest
 
 from experiments.launch import run_ranks
 from experiments.registry import create
-from tests.contract import CASES, CLUSTER, WORLD_SIZE, Case, Record, system_names, violations
+from tests.contract import CASES, CLUSTER, VARIANTS, WORLD_SIZE, Case, Record, system_names, violations
 from tests.wrong_systems import WRONG, Wrong
 
 SYSTEMS = system_names()
@@ -22,7 +22,7 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, lis
     """What the ranks recorded: {system: {case: [record of each rank]}}."""
     return run_ranks(
         "tests.contract:measure",
-        {"systems": SYSTEMS},
+        {"systems": SYSTEMS, "variants": list(VARIANTS)},
         num_ranks=WORLD_SIZE,
         ranks_per_node=2,
         log_dir=tmp_path_factory.mktemp("contract"),
@@ -31,7 +31,7 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, lis
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-@pytest.mark.parametrize("system", SYSTEMS)
+@pytest.mark.parametrize("system", [*SYSTEMS, *VARIANTS])
 def test_system_keeps_the_contract(system: str, case: Case, records: dict[str, dict[str, list[Record]]]) -> None:
     assert violations(case, records[system][case.name]) == []
 

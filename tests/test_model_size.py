@@ -11,8 +11,10 @@ import psutil
 import pytest
 
 from experiments import model_size
+from experiments.cells import _expert_copies
 from experiments.cli import compose
 from experiments.config import RunConfig, load_run
+from experiments.model import DTYPES, layer_spec
 from experiments.model_size import (
     MemoryEstimate,
     activation_bytes,
@@ -21,8 +23,12 @@ from experiments.model_size import (
     count_parameters,
     describe,
     estimate_memory,
+    num_moe_layers,
 )
+from methods import swiftmoe
+from methods.swiftmoe import SwiftMoE, SwiftMoELayer
 from moe.errors import ConfigError
+from tests.lone import lone_mesh
 
 GIB = 2**30
 
@@ -97,6 +103,31 @@ def test_experts_on_every_rank_cost_more() -> None:
     spread = estimate_memory(run.model, run.trainer, 4)
     dense = estimate_memory(run.model, run.trainer, 4, expert_ranks=1)
     assert dense.weights - spread.weights == 4 * count_parameters(run.model).experts * 3 // 4
+
+
+@pytest.mark.parametrize(("precision", "element_bytes"), [("fp32", 4), ("bf16", 2)])
+def test_slots_are_beside_what_is_trained(precision: str, element_bytes: int) -> None:
+    """As the layer has them: weights and gradients in the dtype of the arithmetic."""
+    run = run_of(f"trainer.precision={precision}", "system=swiftmoe")
+    plain = estimate_memory(run.model, run.trainer, 4, 4.0)
+    slotted = estimate_memory(run.model, run.trainer, 4, *_expert_copies(run))
+    spec = layer_spec(run.model, 1, 0, DTYPES[precision])
+    layer = SwiftMoE().build_layer(spec, lone_mesh())
+    assert isinstance(layer, SwiftMoELayer)
+    slots = layer.experts
+    assert len(slots.experts) == 32, "of one rank, which has them all"
+    slots_bytes = num_moe_layers(run.model) * (slots.w_in.nbytes + slots.w_out.nbytes) // 4
+    assert slots.w_in.element_size() == element_bytes
+    assert slotted.weights - plain.weights == slotted.gradients - plain.gradients == slots_bytes
+    assert (slotted.optimizer, slotted.activations) == (plain.optimizer, plain.activations)
+
+
+def test_offloaded_shards_take_no_memory_of_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = run_of("system=swiftmoe", "system.offload=true")
+    on_cpu = estimate_memory(run.model, run.trainer, 4, *_expert_copies(run))
+    monkeypatch.setattr(swiftmoe, "ranks_are_on_cuda", lambda: True)
+    on_gpu = estimate_memory(run.model, run.trainer, 4, *_expert_copies(run))
+    assert on_cpu.optimizer - on_gpu.optimizer == 8 * count_parameters(run.model).experts // 4
 
 
 def test_activations_grow_with_the_tokens_only() -> None:

@@ -14,6 +14,7 @@ from experiments.callbacks import Recorder
 from experiments.cells import run_cells
 from experiments.results import RunDir
 from moe.layer import NativeMoE
+from tests.test_swiftmoe_scheduler import literally
 from tests.tiny import Configure, before_recording, train
 
 
@@ -80,6 +81,34 @@ def test_a_resumed_run_keeps_the_replicas_of_its_earlier_start(
     assert "out of luck" in str(failure.error)
     replicating(4)  # what a system restores from its checkpoint
     assert recorded(train(config())) == {step: [replicas_after(step)] * 2 for step in range(6)}
+
+
+def test_a_swiftmoe_run_records_the_replicas_that_its_tokens_called_for(config: Configure) -> None:
+    """Each step's by what all tokens of the step before it chose: the scheduler's rule, seen in the files of a run."""
+    run_dir = train(config("system=swiftmoe", "model.top_k=1", "model.capacity_factor=1.0", "trainer.max_steps=8"))
+    routing = run_dir.read_routing()
+    assert routing is not None
+    copies_SLE, replicas_SLE = routing["dispatch_counts"].sum(2), routing["replica_counts"]
+    assert replicas_SLE.shape == (8, 2, 4)
+    assert replicas_SLE[0].tolist() == [[4] * 4] * 2
+    for step in range(7):
+        expected = [list(literally(copies.tolist(), 16)) for copies in copies_SLE[step]]
+        assert replicas_SLE[step + 1].tolist() == expected
+    assert len({str(table) for table in replicas_SLE.tolist()}) > 4, "replicas move"
+
+
+def test_replicas_that_are_told_of_some_steps_only_are_an_error(
+    config: Configure, replicating: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replicating(0)
+    told = iter([None, None])
+
+    def seldom(_layer: NativeMoE) -> list[int] | None:
+        return next(told, replicas_after(0))
+
+    monkeypatch.setattr(NativeMoE, "replicas_E", property(seldom))
+    (failure,) = run_cells([config()], [])
+    assert "replica_counts is told of 1 steps of 2" in str(failure.error)
 
 
 def test_without_replicas_none_are_recorded(config: Configure) -> None:

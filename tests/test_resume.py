@@ -65,20 +65,24 @@ NO_AUX = "model.aux_loss_weight=0.0"
 
 @dataclass
 class Story:
-    """Runs of two ranks: every system's, and flat's twice more, in folders of their own: killed, and interrupted.
+    """Runs of two ranks: every system's, and in folders of their own flat's twice more, killed and interrupted, and
+    SwiftMoE's, of which a rank dies amid a step.
 
     Args:
         runs: every system by name, and flat going on from the last checkpoint of some, `from <system>`, and flat
             without the auxiliary loss, `no aux`.
-        killed, interrupted: the folders of these two.
+        killed, interrupted, broken: the folders of these.
     """
 
     runs: dict[str, RunDir]
     killed: RunDir
     interrupted: RunDir
+    broken: RunDir
     failures: list[CellFailure] = field(default_factory=list)
     after_kill: Status | None = None
     kept_by_kill: list[str] = field(default_factory=list)
+    after_break: Status | None = None
+    kept_by_break: list[str] = field(default_factory=list)
     after_ctrl_c: Status | None = None
     kept_by_ctrl_c: list[str] = field(default_factory=list)
     ctrl_c: str = ""
@@ -86,7 +90,7 @@ class Story:
 
 @pytest.fixture(scope="module")
 def story(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Story:
-    """Three starts of the ranks: importing Lightning is what takes time, so they share what can be shared."""
+    """Four starts of the ranks: importing Lightning is what takes time, so they share what can be shared."""
     base = tmp_path_factory.mktemp("story")
     runs = {name: tiny_config(base, text, TWO_RANKS, f"system={name}") for name in SYSTEMS}
     for name in ("flat", *OTHERS):
@@ -94,11 +98,14 @@ def story(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Story:
         runs[f"from {name}"] = tiny_config(base, text, TWO_RANKS, "trainer.max_steps=8", folder)
     runs["no aux"] = tiny_config(base, text, TWO_RANKS, NO_AUX)
     killed, interrupted = (tiny_config(base / name, text, TWO_RANKS) for name in ("killed", "interrupted"))
+    broken = tiny_config(base / "broken", text, TWO_RANKS, "system=swiftmoe")
     folders = {name: run_dir_of(run) for name, run in runs.items()}
-    story = Story(folders, run_dir_of(killed), run_dir_of(interrupted))
-    with acting([{"run_dir": str(story.killed.path), "step": 5, "die": True}]):
-        story.failures = run_cells([*runs.values(), killed], [])
+    story = Story(folders, run_dir_of(killed), run_dir_of(interrupted), run_dir_of(broken))
+    dies = {"run_dir": str(story.killed.path), "step": 5, "die": True}
+    with acting([dies, {"run_dir": str(story.broken.path), "step": 5, "die_amid": 1}]):
+        story.failures = run_cells([*runs.values(), killed, broken], [])
     story.after_kill, story.kept_by_kill = story.killed.status(), names(story.killed.checkpoints)
+    story.after_break, story.kept_by_break = story.broken.status(), names(story.broken.checkpoints)
     story.killed.set_status("running")  # as a parent that dies with its ranks leaves it
 
     lock = base / "lock"
@@ -108,7 +115,7 @@ def story(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Story:
                 run_cells([killed, interrupted], [])
     story.ctrl_c = str(stop.value)
     story.after_ctrl_c, story.kept_by_ctrl_c = story.interrupted.status(), names(story.interrupted.checkpoints)
-    assert run_cells([killed, interrupted], []) == []
+    assert run_cells([killed, interrupted, broken], []) == []
     return story
 
 
@@ -131,8 +138,7 @@ def assert_same_run(run_dir: RunDir, straight: RunDir) -> None:
 
 
 def test_a_run_that_is_killed_says_so_and_keeps_its_last_checkpoint(story: Story) -> None:
-    (failure,) = story.failures
-    assert run_dir_of(failure.config).path == story.killed.path
+    assert [run_dir_of(failure.config).path for failure in story.failures] == [story.killed.path, story.broken.path]
     assert story.after_kill is not None
     assert story.after_kill.status == "failed"
     assert "was killed by signal 9" in story.after_kill.reason
@@ -145,6 +151,15 @@ def test_a_run_that_was_killed_ends_like_one_that_was_not(story: Story) -> None:
     exact = {"loss", "val_loss", "aux_loss", "grad_norm", "bytes", "dropped_copies", "learning_rate", "routed_share"}
     assert metrics == exact
     assert {row.part for row in repeatable(story.runs["flat"]) if row.metric == "bytes"} >= {"network/alltoall"}
+
+
+def test_a_rank_that_dies_amid_a_step_ends_the_run_which_goes_on_from_its_checkpoint(story: Story) -> None:
+    """Rank 1 dies after its backward pass, when the other one waits for its gradients."""
+    assert story.after_break is not None
+    assert (story.after_break.status, story.after_break.step) == ("failed", 4)
+    assert story.after_break.reason.startswith("rank 1 was killed by signal 9")
+    assert story.kept_by_break == ["step_2", "step_4"]
+    assert_same_run(story.broken, story.runs["swiftmoe"])
 
 
 def test_ctrl_c_saves_and_says_so(story: Story) -> None:

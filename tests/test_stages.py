@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from moe import stages
 from moe.stages import STAGES, StageClock
+from moe.step_parts import PARTS, step_part
 from moe.system import ExpertView, LayerSpec, MoELayer, MoEOutput
 from tests.lone import lone_mesh
 
@@ -132,6 +133,33 @@ def test_without_a_backward_its_stages_are_zero(clock: FakeTime) -> None:
     with stage_clock.timed(), torch.no_grad():
         layer(torch.ones(4, 4))
     assert stage_clock.stage_times_s() == FORWARD | dict.fromkeys(BACKWARD, 0.0)
+
+
+def test_parts_of_a_step_are_summed_while_a_clock_runs(clock: FakeTime) -> None:
+    stage_clock = StageClock([])
+
+    @step_part("migration")
+    def move(seconds: float) -> float:
+        clock.now += seconds
+        return seconds
+
+    move(5)
+    with stage_clock.timed():
+        with step_part("optimizer"):
+            clock.now += 1
+        clock.now += 7
+        for _ in range(2):
+            assert move(3) == 3
+    move(5)
+    assert stage_clock.part_times_s() == dict.fromkeys(PARTS, 0.0) | {"optimizer": 1.0, "migration": 6.0}
+    with stage_clock.timed(), step_part("weights"):
+        clock.now += 2
+    assert stage_clock.part_times_s() == dict.fromkeys(PARTS, 0.0) | {"weights": 2.0}, "of the last block alone"
+
+
+def test_an_unknown_part_is_refused() -> None:
+    with pytest.raises(AssertionError, match="lunch is none of"):
+        step_part("lunch").__enter__()
 
 
 def test_no_hook_is_left_behind(clock: FakeTime) -> None:

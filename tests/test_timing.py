@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from analysis.summary import STEP_PARTS
 from baselines.flat import Flat
 from baselines.reference import Reference
 from experiments import timing
@@ -23,6 +24,7 @@ from moe.errors import ConfigError, Problem, Refused
 from moe.layer import NativeMoE
 from moe.mesh import Mesh, create_mesh
 from moe.stages import STAGES
+from moe.step_parts import PARTS
 from moe.system import LayerSpec
 from moe.topology import cluster_of
 from moe.weights import load_layer
@@ -96,13 +98,20 @@ def test_stage_rounds_are_the_eight_stages_of_every_round(mesh: Mesh) -> None:
     load_layer(layer)
     steps: list[int] = []
 
+    sync = Flat().gradient_sync(layer, mesh)
+
     def step() -> None:
         steps.append(1)
         layer(torch.randn(6, 16, requires_grad=True)).y_TM.sum().backward()
+        sync.reduce()
 
-    rounds = stage_rounds(step, [layer], 3, CPU)
-    assert rounds.keys() == {f"{direction}/{stage}" for direction in ("forward", "backward") for stage in STAGES}
-    assert all(len(seconds) == 3 and min(seconds) >= 0 for seconds in rounds.values())
+    stages, parts = stage_rounds(step, [layer], 3, CPU)
+    assert stages.keys() == {f"{direction}/{stage}" for direction in ("forward", "backward") for stage in STAGES}
+    assert all(len(seconds) == 3 and min(seconds) >= 0 for seconds in stages.values())
+    assert parts.keys() == set(PARTS) == set(STEP_PARTS)
+    done = {"dense_gradients", "expert_gradients"}
+    assert {part for part, seconds in parts.items() if min(seconds) > 0} == done
+    assert all(seconds == [0.0] * 3 for part, seconds in parts.items() if part not in done)
     assert len(steps) == 3
 
 

@@ -1,0 +1,196 @@
+"""A mixture of experts as tasks: copies go out, are computed and come back in chunks, by a schedule's own program.
+
+Forward and backward each are cut into their own number of chunks, and both are scheduled by hand: autograd sees one
+function from the copies that this rank sends to the outputs that come back to it.
+
+Dimensions: S copies this rank sends, R rows its experts compute, M model, L experts of this rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from moe import ops
+from moe.chunk_travel import Links, travel
+from moe.chunks import Chunks, Queues, reordered
+from moe.expert_passes import ExpertRows, experts_backward, experts_forward
+from moe.experts import GroupedExperts
+from moe.schedules import COMPUTE, LayerPlan, LayerWork, Pipeline
+from moe.simulator import MEASURED, Program, Task
+from moe.streams import Action, TaskRunner
+
+Slice = Callable[[int], dist.Work | None]
+"""Starts the all-reduce of the slice of gradient that a layer's plan puts in the middle of its backward."""
+
+
+@dataclass
+class Call:
+    """What one forward and its backward go by.
+
+    Args:
+        queues: the copies.
+        plan: degrees of both directions.
+        work: of the layer, for the schedule.
+        layer: its index in the model.
+        slice: of the backward, see `Slice`; None where there is none.
+        tell_stage: called with direction and stage, as `moe.system.MoELayer.stage_listeners`.
+        before_backward, after_backward: called around its tasks.
+    """
+
+    queues: Queues
+    plan: LayerPlan
+    work: LayerWork
+    layer: int = 0
+    slice: Slice | None = None
+    tell_stage: Callable[[str, str], None] = field(default=lambda _direction, _stage: None)
+    before_backward: Callable[[], None] = field(default=lambda: None)
+    after_backward: Callable[[], None] = field(default=lambda: None)
+
+    def chunks(self, backward: bool) -> Chunks:
+        """The cut of a direction."""
+        return self.queues.chunks(self.plan.num_chunks(backward))
+
+
+class ExpertPipeline(nn.Module):
+    """Experts, and the travel of copies to them and back.
+
+    Args:
+        experts: of this rank.
+        links: over which copies travel.
+        pipeline: writes the tasks.
+        runner: issues them.
+    """
+
+    def __init__(self, experts: GroupedExperts, links: Links, pipeline: Pipeline, runner: TaskRunner) -> None:
+        super().__init__()
+        self.experts, self.links, self.pipeline, self.runner = experts, links, pipeline, runner
+
+    def forward(self, copies_SM: Tensor, call: Call) -> Tensor:
+        """Copies [S, M], in the chunks of the forward pass, to their experts' outputs [S, M]. Collective."""
+        return _Pipelined.apply(copies_SM, self.experts.w_in, self.experts.w_out, self, call)
+
+    def run(self, call: Call, backward: bool, actions: dict[str, Action]) -> None:
+        """Issue the tasks of a direction."""
+        program, experts = Program(), actions["experts"]
+
+        def telling(chunk: int) -> dist.Work | None:
+            if chunk == 0:
+                call.tell_stage(*(("backward", "combine") if backward else ("forward", "dispatch")))
+            work = experts(chunk)
+            if chunk == call.plan.num_chunks(backward) - 1:
+                call.tell_stage("backward" if backward else "forward", "experts")
+            return work
+
+        base = Task("mixture", COMPUTE, MEASURED, 0.0, layer=call.layer, backward=backward)
+        last = self.pipeline(program, base, call.work, call.plan)
+        self.runner.run(program.tasks, actions | {"experts": telling}, last)
+
+
+@dataclass
+class _Kept:
+    """What the backward needs of each chunk of the forward: its rows in the order of the experts, [R_i, M], and what
+    went into their activation. A chunk that was taken is let go."""
+
+    rows: list[Tensor | None]
+    hidden: list[Tensor | None]
+
+    def take(self, chunk: int) -> tuple[Tensor, Tensor]:
+        rows_RM, hidden = self.rows[chunk], self.hidden[chunk]
+        assert rows_RM is not None and hidden is not None, "a chunk is taken once"
+        self.rows[chunk] = self.hidden[chunk] = None
+        return rows_RM, hidden
+
+    def cut_anew(self, before: Chunks, after: Chunks) -> _Kept:
+        """The same rows in other chunks."""
+        index = torch.empty_like(before.expert_places)
+        index[after.expert_places] = before.expert_places
+        indices = [index[rows.expert_part] for rows in after.rows]
+
+        def cut(parts: list[Tensor | None]) -> list[Tensor | None]:
+            whole = torch.cat([part for part in parts if part is not None])
+            parts.clear()
+            return [ops.gather_rows(whole, chosen) for chosen in indices]
+
+        return _Kept(cut(self.rows), cut(self.hidden))
+
+
+class _Sum:
+    """Gradient of one parameter over chunks, summed in float32 where there are several."""
+
+    def __init__(self) -> None:
+        self.total: Tensor | None = None
+
+    def add(self, grad: Tensor | None) -> None:
+        if grad is not None:
+            self.total = grad if self.total is None else self.total.float().add_(grad)
+
+    def of(self, parameter: Tensor, dtype: torch.dtype) -> Tensor:
+        return torch.zeros_like(parameter, dtype=dtype) if self.total is None else self.total.to(dtype)
+
+
+class _Pipelined(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, copies_SM: Tensor, w_in: Tensor, w_out: Tensor, pipeline: ExpertPipeline, call: Call
+    ) -> Tensor:
+        weights = w_in.to(copies_SM.dtype), w_out.to(copies_SM.dtype)
+        chunks, activation = call.chunks(backward=False), pipeline.experts.activation
+        kept = _Kept([None] * chunks.degree, [None] * chunks.degree)
+
+        def compute(chunk: int, rows_RM: Tensor, expert_rows: ExpertRows) -> Tensor:
+            y_RM, hidden = experts_forward(rows_RM, *weights, expert_rows, activation)
+            kept.rows[chunk], kept.hidden[chunk] = rows_RM, hidden
+            return y_RM
+
+        direction = travel(pipeline.links, chunks, copies_SM.contiguous(), compute)
+        pipeline.run(call, False, direction.actions)
+        ctx.save_for_backward(*weights)
+        ctx.pipeline, ctx.call, ctx.kept, ctx.weight_dtype = pipeline, call, kept, w_in.dtype
+        return direction.back_SM
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        if ctx.kept is None:
+            raise RuntimeError("a second backward through the same forward: what it kept was overwritten")
+        kept, ctx.kept = ctx.kept, None
+        call: Call = ctx.call
+        call.before_backward()
+        w_in, w_out = ctx.saved_tensors
+        before, chunks = call.chunks(backward=False), call.chunks(backward=True)
+        grad_SM = grads[0].contiguous()
+        moved = _moves(before, chunks)
+        if moved is not None:
+            kept, grad_SM = kept.cut_anew(before, chunks), reordered(grad_SM, *moved)
+        sums, activation = (_Sum(), _Sum()), ctx.pipeline.experts.activation
+
+        def compute(chunk: int, grad_RM: Tensor, expert_rows: ExpertRows) -> Tensor:
+            rows_RM, hidden = kept.take(chunk)
+            found = experts_backward(grad_RM, rows_RM, hidden, w_in, w_out, expert_rows, activation)
+            sums[0].add(found.w_in)
+            sums[1].add(found.w_out)
+            return found.rows_RM
+
+        direction = travel(ctx.pipeline.links, chunks, grad_SM, compute)
+        actions = direction.actions
+        if call.slice is not None:
+            actions["all_reduce"] = call.slice
+        ctx.pipeline.run(call, True, actions)
+        call.after_backward()
+        back_SM = direction.back_SM if moved is None else reordered(direction.back_SM, *moved[::-1])
+        return back_SM, sums[0].of(w_in, ctx.weight_dtype), sums[1].of(w_out, ctx.weight_dtype), None, None
+
+
+def _moves(before: Chunks, after: Chunks) -> tuple[Tensor, Tensor] | None:
+    """Where each copy lies in one cut and in the other; None where they are the same cut."""
+    if before.degree == after.degree:
+        return None
+    in_place = torch.arange(before.queues.num_sent, device=before.queues.order.device)
+    found = [chunks.sent_places for chunks in (before, after)]
+    first, second = (in_place if places_S is None else places_S for places_S in found)
+    return first, second
