@@ -225,6 +225,6 @@ def refuse_mixed_units(runs: list[Run], table: pd.DataFrame) -> None:
             metric = twice["metric"].iloc[0]
             units = ", ".join(map(str, pairs.loc[pairs["metric"] == metric, "unit"]))
             raise ResultsError(f"{metric} comes in several units: {units}. Fix: run the cells of the odd unit again.")
-        odd = pairs[pairs["metric"].isin(["step_time", "stage_time"]) & (pairs["unit"] != "s")]
+        odd = pairs[pairs["metric"].isin(["step_time", "stage_time", "part_time"]) & (pairs["unit"] != "s")]
         if len(odd):
             raise ResultsError(f"{odd['metric'].iloc[0]} is in {odd['unit'].iloc[0]}, not in s. Fix: measure it again.")

@@ -58,23 +58,23 @@ class Popularity:
         shares_S: NDArray[np.float64] = layer_SE[:, of.expert] / layer_SE.sum(axis=-1)
         return shares_S
 
-    def most_variable(self, expert: int | None = None) -> Expert:
-        """The expert whose number of copies has the largest standard deviation over the steps.
-
-        Args:
-            expert: only look for the layer in which this one varies most.
-
-        Raises:
-            ResultsError: there is no such expert.
-        """
-        num_experts = self.copies_SLE.shape[-1]
-        if expert is not None and not 0 <= expert < num_experts:
-            raise ResultsError(f"--expert {expert}: the runs have experts 0 to {num_experts - 1}. Fix: name one.")
-        deviation_LE = self.copies_SLE.std(axis=0)
-        if expert is not None:
-            return Expert(int(deviation_LE[:, expert].argmax()), expert)
-        layer, most = np.unravel_index(deviation_LE.argmax(), deviation_LE.shape)
-        return Expert(int(layer), int(most))
+    def characters(self) -> dict[str, Expert]:
+        """Experts that show what popularity can do: the one whose share of its layer's copies grew most from the first
+        third of the steps to the last, the one whose share shrank most, and of the rest the one that changed most from
+        step to step. Fewer where there are fewer experts."""
+        shares_SLE = self.copies_SLE / self.copies_SLE.sum(axis=-1, keepdims=True).clip(1)
+        third = -(-len(shares_SLE) // 3)
+        growth_LE = shares_SLE[-third:].mean(axis=0) - shares_SLE[:third].mean(axis=0)
+        jumps_LE = np.abs(np.diff(shares_SLE, axis=0)).sum(axis=0)
+        chosen: dict[str, Expert] = {}
+        for name, measure_LE in (("growing", growth_LE), ("shrinking", -growth_LE), ("spiky", jumps_LE)):
+            free_LE = measure_LE.copy()
+            for taken in chosen.values():
+                free_LE[taken] = -np.inf
+            if np.isfinite(free_LE).any():
+                layer, expert = np.unravel_index(free_LE.argmax(), free_LE.shape)
+                chosen[name] = Expert(int(layer), int(expert))
+        return chosen
 
 
 Popularities = Mapping[tuple[str, int | None], Popularity]

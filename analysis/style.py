@@ -1,7 +1,8 @@
 """How every figure looks: one palette, one size, a system's colour and marker for life, and what each panel must say.
 
 Colours are Okabe and Ito's (2008), told apart with every common colour blindness, then Tol's muted set for the systems
-that rarely stand beside the first ones. A marker goes with each colour, so that no figure depends on colour alone.
+that rarely stand beside the first ones, and CARTO's Prism for systems that this file does not know. A marker goes with
+each colour, so that no figure depends on colour alone.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import matplotlib as mpl
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg, RendererAgg
+from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -54,28 +56,65 @@ KNOWN = {
     "fastermoe_upstream": Look("#AA4499", "P"),
     "smartmoe": Look("#44AA99", ">"),
     "flexmoe": Look("#DDCC77", "d"),
+    "flexmoe 10": Look("#7A5C00", "d"),
+    "flexmoe 50": Look("#B8920F", "v"),
+    "flexmoe 100": Look("#E0C65A", "^"),
+    "deepspeed_static": Look("#117733", "s"),
     "ta_moe": Look("#882255", "*"),
     "hiermoe": Look("#332288", "h"),
+    "hd": Look("#6A5FC0", "H"),
+    "hd1": Look("#9C93D6", "D"),
+    "hd2": Look("#7DA0D8", "d"),
+    "h1": Look("#A0A0A0", "^"),
+    "h2": Look("#C4C4C4", "v"),
+    "tutel_2dh": Look("#A65628", "v"),
+    "allgather": Look("#1B9E9E", "h"),
     "swiftmoe": Look("#CC6677", "p"),
     "fsmoe": Look("#661100", "8"),
     "combined": Look("#777777", "H"),
 }
 _MARKERS = ("o", "s", "^", "v", "P", "X", "<", ">", "D", "d", "*", "h", "p")
-_MOST_DRAWN = ("reference", "flat", "deepspeed", "fairscale", "combined")
-_FREE_COLOURS = [look.colour for system, look in KNOWN.items() if system not in _MOST_DRAWN]
+_FREE_COLOURS = (
+    "#5F4690",
+    "#38A6A5",
+    "#E17C05",
+    "#94346E",
+    "#6F4070",
+    "#1D6996",
+    "#73AF48",
+    "#EDAD08",
+    "#CC503E",
+    "#666666",
+)
 _FREE = [Look(colour, marker) for colour in _FREE_COLOURS for marker in _MARKERS]
 _FREE = [look for look in _FREE if look not in KNOWN.values()]
+
+_TINTS = (0.2, 0.32, 0.44, 0.56)
 
 STAGE_COLOURS = {"gate": "#DDAA33", "dispatch": "#6699CC", "experts": "#BBBBBB", "combine": "#004488"}
 """Tol's high-contrast set and its light companions: stages are no systems and share no colour with one."""
 
 
 def look_of(system: str) -> Look:
-    """Colour and marker of a system: fixed for known ones, for others a function of the name alone."""
-    if system in KNOWN:
-        return KNOWN[system]
+    """Colour and marker of a system: fixed for known ones, however they are spelled, for others a function of the name
+    alone. A variant of a known one, such as `ta_moe synchronised`, has a tint of its colour."""
+    known = KNOWN.get(system) or KNOWN.get(system.lower().replace(" ", "_"))
+    if known is not None:
+        return known
     digest = hashlib.sha256(system.encode()).digest()
+    of = KNOWN.get(system.lower().partition(" ")[0])
+    if of is not None:
+        return Look(_tint(of.colour, _TINTS[digest[0] % len(_TINTS)]), _MARKERS[digest[1] % len(_MARKERS)])
     return _FREE[int.from_bytes(digest[:4], "big") % len(_FREE)]
+
+
+def _tint(colour: str, towards_white: float) -> str:
+    red, green, blue = to_rgb(colour)
+    return to_hex((_lighter(red, towards_white), _lighter(green, towards_white), _lighter(blue, towards_white)))
+
+
+def _lighter(part: float, towards_white: float) -> float:
+    return part + (1 - part) * towards_white
 
 
 _SETTINGS = {

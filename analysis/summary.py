@@ -18,6 +18,11 @@ TRAIN_LOSS_STEPS = 10
 BYTE_CLASSES = ("alltoall", "reduction", "other")
 DIRECTIONS = ("forward", "backward")
 STAGES = ("gate", "dispatch", "experts", "combine")
+STEP_PARTS = (
+    *("popularity", "expert_gradients", "gradient_shards", "dense_gradients", "optimizer"),
+    *("scheduler", "metadata", "weights", "migration"),
+)
+"""Of a training step outside its MoE layers, in order."""
 ERROR_PARTS = ("output", "input_grad", "gate_grad", "expert_grad")
 NO_NUMBER = Interval(float("nan"), float("nan"), float("nan"))
 
@@ -26,9 +31,10 @@ def summarise(comparison: Comparison) -> pd.DataFrame:
     """The rows of summary.csv, columns as COLUMNS; a row without a number has NaN and a status that says why.
 
     Metrics and their intervals: train_loss, val_loss, bytes/<level>/<class> (mean over seeds; range of the seeds),
-    tokens_per_s, stage_time/<direction>/<stage> (median over rounds; 95 % bootstrap), tokens_per_s_ratio (ratio of
-    medians to the baseline; 95 % paired bootstrap), relative_error/<part>, peak_memory, dropped_copies/timed (worst;
-    range), dropped_copies (mean copies per training step), and one `run` row per system and seed without numbers.
+    tokens_per_s, stage_time/<direction>/<stage>, part_time/<part of the step> (median over rounds; 95 % bootstrap),
+    tokens_per_s_ratio (ratio of medians to the baseline; 95 % paired bootstrap), relative_error/<part>, peak_memory,
+    dropped_copies/timed (worst; range), dropped_copies (mean copies per training step), and one `run` row per system
+    and seed without numbers.
     """
     rows = [row for system in comparison.systems for row in _system_rows(comparison, system)]
     return pd.DataFrame(rows, columns=COLUMNS)
@@ -45,6 +51,8 @@ def _system_rows(comparison: Comparison, system: str) -> Iterator[dict[str, Any]
         yield _seed_row(comparison, system, f"bytes/{part}", "B/step", numbers, flaw, source)
     for part in stage_parts(comparison):
         yield _timed_row(comparison, system, "stage_time", part, "s", bootstrap_median)
+    for part in _ordered(comparison.timed("part_time")["part"], STEP_PARTS):
+        yield _timed_row(comparison, system, "part_time", part, "s", bootstrap_median)
     errors = comparison.timed("relative_error")
     compared = system != comparison.reference or system in set(errors["system"])  # a reference has no error to itself
     for part in _ordered(errors["part"], ERROR_PARTS) if compared else []:

@@ -1,8 +1,9 @@
-"""What replicas that follow popularity change: `python -m analysis.swiftmoe outputs/compare [--target-loss 4.0]`.
+"""What replicas that follow popularity change: `python -m analysis.swiftmoe outputs/compare`.
 
-Reads a comparison that `experiments.compare` left and writes into its folder: replicas (popularity of one expert and
-its share of the slots), survival (copies that are not dropped) and target (loss against steps and time, and when it
-reaches the target) as PNG and PDF, and swiftmoe.csv.
+Reads a comparison that `experiments.compare` left and writes into its folder: replicas (popularity of single experts
+and their shares of the slots), survival (copies that are not dropped), target (loss against steps and time, and when it
+reaches the target) and latency (parts of a step) as PNG and PDF, and swiftmoe.csv. The target loss is the one that the
+runs state, `trainer.target_loss`. What SwiftMoE's paper says beside it: `python -m analysis.claims`.
 """
 
 from __future__ import annotations
@@ -20,18 +21,19 @@ from analysis.compare import read_index
 from analysis.comparison import Comparison, compare
 from analysis.errors import ResultsError, exit_code
 from analysis.files import write_text
+from analysis.plots.latency import latency_figure
 from analysis.plots.replicas import replicas_figure
 from analysis.plots.survival import survival_figure
 from analysis.plots.target import target_figure
-from analysis.popularity import load_popularities
 from analysis.style import save, suite_style
-from analysis.swiftmoe_table import drops_of, format_swiftmoe, swiftmoe_table
-from analysis.target_loss import WINDOW, smoothed_losses, target_of
+from analysis.swiftmoe_latency import breakdown
+from analysis.swiftmoe_numbers import findings_of
+from analysis.swiftmoe_table import format_swiftmoe, swiftmoe_table
+from analysis.target_loss import WINDOW
 
-FIGURES = ("replicas", "survival", "target")
-BASELINE = "deepspeed"
-"""Where it is part of the comparison, ratios are to it: experts and capacities that stay. In these runs its experts
-have no replicas, where SYMI's DeepSpeed has four of each."""
+FIGURES = ("replicas", "survival", "target", "latency")
+BASELINES = ("deepspeed_static", "deepspeed")
+"""The first of these in the comparison is what ratios are to: experts and capacities that stay."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,36 +54,37 @@ class SwiftMoEReport:
 def write_swiftmoe(
     folder: Path,
     baseline: str | None = None,
-    target_loss: float | None = None,
-    expert: int | None = None,
     window: int = WINDOW,
+    out_dir: Path | None = None,
 ) -> SwiftMoEReport:
-    """Write the figures and swiftmoe.csv into the folder of a comparison.
+    """Write the figures and swiftmoe.csv of a comparison.
 
     Args:
         folder: holds compare.json.
-        baseline: the system that ratios refer to; None for deepspeed, or without it for that of compare.json.
-        target_loss: nats per token; None for what the baseline has after two thirds of its steps.
-        expert: whose popularity is drawn; None for the most variable one of each run.
+        baseline: the system that ratios refer to; None for the first of BASELINES that is there, or without one for
+            that of compare.json.
         window: logged steps that a smoothed loss is the mean of, at least 1.
+        out_dir: where to write; None for that folder.
 
     Raises:
-        ResultsError: no comparison there, runs that can't be compared, no such expert, or a write that failed.
+        ResultsError: no comparison there, runs that can't be compared, a target loss that was taken from these runs, or
+            a write that failed.
     """
-    comparison = comparison_of(folder, baseline)
-    popularities, notes = load_popularities(comparison)
-    drops = drops_of(comparison, popularities)
-    curves = smoothed_losses(comparison, window)
-    target = target_of(comparison, curves, target_loss)
-    table = swiftmoe_table(comparison, drops, curves, target)
+    out_dir, comparison = out_dir or folder, comparison_of(folder, baseline)
+    found = findings_of(comparison, window)
+    table = swiftmoe_table(comparison, found)
     with suite_style():
-        replicas = replicas_figure(comparison, popularities, expert)
-        survival = survival_figure(comparison, drops.survival)
-        reached = target_figure(comparison, curves, target, window)
-        write_text(folder / "swiftmoe.csv", table.to_csv(index=False))
-        for name, figure in zip(FIGURES, (replicas, survival, reached), strict=True):
-            save(figure, folder / name)
-    return SwiftMoEReport(table, format_swiftmoe(table, comparison, target, window), notes + comparison.notes)
+        figures = {
+            "replicas": replicas_figure(comparison, found.popularities),
+            "survival": survival_figure(comparison, found.drops.survival),
+            "target": target_figure(comparison, found.curves, found.target, window),
+            "latency": latency_figure(comparison, breakdown(comparison), found.numbers["moving_ratio"]),
+        }
+        write_text(out_dir / "swiftmoe.csv", table.to_csv(index=False))
+        for name in FIGURES:
+            save(figures[name], out_dir / name)
+    text = format_swiftmoe(table, comparison, found.target, window)
+    return SwiftMoEReport(table, text, found.notes + comparison.notes)
 
 
 def comparison_of(folder: Path, baseline: str | None = None) -> Comparison:
@@ -96,9 +99,10 @@ def comparison_of(folder: Path, baseline: str | None = None) -> Comparison:
     """
     run_dirs, samples_dir, indexed = read_index(folder)
     comparison = compare(run_dirs, samples_dir, baseline or indexed)
-    if baseline is None and BASELINE in comparison.systems:
-        return dataclasses.replace(comparison, baseline=BASELINE)
-    return comparison
+    if baseline is not None:
+        return comparison
+    first = next((system for system in BASELINES if system in comparison.systems), comparison.baseline)
+    return dataclasses.replace(comparison, baseline=first)
 
 
 def _window(text: str) -> int:
@@ -112,13 +116,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Command line, with its exit code."""
     parser = argparse.ArgumentParser(prog="python -m analysis.swiftmoe", description=__doc__)
     parser.add_argument("folder", type=Path, help="folder with compare.json, such as outputs/compare")
-    parser.add_argument("--baseline", help=f"system that ratios refer to (default: {BASELINE}, if it is there)")
-    parser.add_argument("--target-loss", type=float, help="nats per token (default: the baseline's at 2/3 of its run)")
-    parser.add_argument("--expert", type=int, help="whose popularity is drawn (default: the most variable one's)")
+    parser.add_argument("--baseline", help=f"system that ratios refer to (default: {' or '.join(BASELINES)}, if there)")
     parser.add_argument("--window", default=str(WINDOW), help=f"logged steps that a loss is the mean of ({WINDOW})")
     given = parser.parse_args(arguments)
     window = _window(given.window)
-    report = write_swiftmoe(given.folder, given.baseline, given.target_loss, given.expert, window)
+    report = write_swiftmoe(given.folder, given.baseline, window)
     print(report.text, end="")
     for note in report.notes:
         print(note)

@@ -1,8 +1,8 @@
-"""Survival and the way to a target loss over one key of the model:
-`python -m analysis.swiftmoe_sweep aux_loss_weight outputs/swiftmoe_aux/*/compare --target-loss 4.0`.
+"""Survival, the way to a target loss and the time of a step over one key of the model:
+`python -m analysis.swiftmoe_sweep aux_loss_weight outputs/swiftmoe_aux/*/compare`.
 
 Every folder is a comparison that `experiments.compare` left, each with another value of that key, such as
-capacity_factor or aux_loss_weight. Writes sweep.csv and sweep.{png,pdf}.
+capacity_factor, aux_loss_weight or model_dim. Writes sweep.csv and sweep.{png,pdf}.
 """
 
 from __future__ import annotations
@@ -10,9 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from math import nan
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
@@ -23,28 +21,29 @@ from analysis.files import write_text
 from analysis.load import load_run
 from analysis.plots.rows import where
 from analysis.plots.sweep import sweep_figure
-from analysis.popularity import load_popularities
 from analysis.style import save, suite_style
-from analysis.swiftmoe import comparison_of
-from analysis.swiftmoe_table import drops_of, swiftmoe_table, with_range
+from analysis.swiftmoe import BASELINES, comparison_of
+from analysis.swiftmoe_numbers import findings_of
+from analysis.swiftmoe_table import steps_to_target, swiftmoe_table, with_range
 from analysis.tables import aligned, significant
-from analysis.target_loss import WINDOW, Target, smoothed_losses, target_of
+from analysis.target_loss import WINDOW
 
-NUMBERS = ("survival", "dropped_ratio", "target_steps", "target_steps_ratio", "target_timed_s")
-"""Of `analysis.swiftmoe_table`, with their ranges over seeds."""
+NUMBERS = (
+    *("survival", "dropped_ratio", "target_steps", "target_steps_ratio", "target_timed_s"),
+    *("step_s", "step_s_ratio", "forward_s", "extra_share"),
+)
+"""Of `analysis.swiftmoe_numbers.NUMBERS`, with their ranges over seeds."""
 
 COLUMNS = [
-    *("key", "key_value", "system", "implementation", "target_loss", "step_s"),
+    *("key", "key_value", "system", "implementation", "target_loss"),
     *(f"{name}{end}" for name in NUMBERS for end in ("", "_low", "_high")),
-    *("status", "folder"),
+    *("target_reached", "target_steps_at_least", "status", "folder"),
 ]
-"""step_s: median step of the interleaved rounds over all seeds; NaN where nothing was timed."""
 
 
 def write_sweep(
     key: str,
     folders: Sequence[Path],
-    target_loss: float,
     baseline: str | None = None,
     window: int = WINDOW,
     out_dir: Path | None = None,
@@ -54,7 +53,6 @@ def write_sweep(
     Args:
         key: of `model` in config.yaml, a number, such as capacity_factor.
         folders: of comparisons, one for each value of it.
-        target_loss: nats per token, the same for all.
         baseline: the system that ratios refer to; None as in `analysis.swiftmoe`.
         window: logged steps that a smoothed loss is the mean of.
         out_dir: where to write; None for the first folder.
@@ -63,8 +61,8 @@ def write_sweep(
         Rows of sweep.csv, by value and system, columns as `COLUMNS`.
 
     Raises:
-        ResultsError: no comparison in a folder, runs that do not agree on the key, two folders with one value of it, or
-            comparisons of different clusters.
+        ResultsError: no comparison in a folder, runs that do not agree on the key or the target loss, two folders with
+            one value of the key, or comparisons of different clusters.
     """
     found: dict[float, tuple[Path, Comparison]] = {}
     for folder in folders:
@@ -81,14 +79,17 @@ def write_sweep(
     if len(places) > 1:
         told = "; ".join(f"{place} ({folder})" for place, folder in places.items())
         raise ResultsError(f"one figure mixes different clusters: {told}. Fix: a figure for each.")
-    rows = [
-        {"key": key, "key_value": value, "folder": str(folder)} | row
-        for value, (folder, comparison) in sorted(found.items())
-        for row in _rows(comparison, target_loss, window)
-    ]
+    rows, targets = [], set()
+    for value, (folder, comparison) in sorted(found.items()):
+        findings = findings_of(comparison, window)
+        targets.add(str(findings.target))
+        for row in swiftmoe_table(comparison, findings).to_dict("records"):
+            rows.append({"key": key, "key_value": value, "folder": str(folder)} | row)
+    if len(targets) > 1:
+        raise ResultsError(f"one figure mixes different targets: {' '.join(sorted(targets))} Fix: a figure for each.")
     table, out_dir = pd.DataFrame(rows)[COLUMNS], out_dir or folders[0]
     with suite_style():
-        figure = sweep_figure(table, first.kind, str(Target(target_loss, "as given")), window, where(first))
+        figure = sweep_figure(table, first.kind, targets.pop(), window, where(first))
         write_text(out_dir / "sweep.csv", table.to_csv(index=False))
         save(figure, out_dir / "sweep")
     return table
@@ -108,17 +109,6 @@ def _value(folder: Path, key: str) -> float:
     return float(value)
 
 
-def _rows(comparison: Comparison, target_loss: float, window: int) -> list[dict[str, Any]]:
-    popularities, _ = load_popularities(comparison)
-    curves = smoothed_losses(comparison, window)
-    drops, target = drops_of(comparison, popularities), target_of(comparison, curves, target_loss)
-    medians = comparison.timed("step_time").groupby("system")["value"].median()
-    return [
-        {**row, "step_s": float(medians.get(row["system"], nan))}
-        for row in swiftmoe_table(comparison, drops, curves, target).to_dict("records")
-    ]
-
-
 def format_sweep(table: pd.DataFrame) -> str:
     """The table for a terminal, then what is missing."""
     key, target = str(table["key"].iloc[0]), significant(float(table["target_loss"].iloc[0]))
@@ -127,9 +117,10 @@ def format_sweep(table: pd.DataFrame) -> str:
             "system": table["system"],
             key: [f"{value:g}" for value in table["key_value"]],
             "survived %": [with_range(row, "survival", 100.0) for _, row in table.iterrows()],
-            f"steps to {target}": [with_range(row, "target_steps") for _, row in table.iterrows()],
-            "interleaved step, ms": [significant(1e3 * value, 3) for value in table["step_s"]],
-            f"interleaved s to {target}": [with_range(row, "target_timed_s") for _, row in table.iterrows()],
+            f"steps to {target}": [steps_to_target(row) for _, row in table.iterrows()],
+            "step, ms": [with_range(row, "step_s", 1e3) for _, row in table.iterrows()],
+            "MoE forward, ms": [with_range(row, "forward_s", 1e3) for _, row in table.iterrows()],
+            f"s to {target}": [with_range(row, "target_timed_s") for _, row in table.iterrows()],
         }
     )
     odd = table[table["status"] != "ok"]
@@ -143,12 +134,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m analysis.swiftmoe_sweep", description=__doc__)
     parser.add_argument("key", help="of the model, such as aux_loss_weight or capacity_factor")
     parser.add_argument("folders", type=Path, nargs="+", help="folders with compare.json, one for each value")
-    parser.add_argument("--target-loss", type=float, required=True, help="nats per token, the same for all")
-    parser.add_argument("--baseline", help="system that ratios refer to (default: deepspeed, if it is there)")
+    parser.add_argument("--baseline", help=f"system that ratios refer to (default: {' or '.join(BASELINES)}, if there)")
     parser.add_argument("--out", type=Path, help="folder to write to (default: the first folder)")
     given = parser.parse_args(arguments)
     out_dir = given.out or given.folders[0]
-    table = write_sweep(given.key, given.folders, given.target_loss, given.baseline, out_dir=out_dir)
+    table = write_sweep(given.key, given.folders, given.baseline, out_dir=out_dir)
     print(format_sweep(table), end="")
     print(f"\nwritten: {out_dir}/sweep.csv, sweep.png and sweep.pdf")
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from operator import methodcaller
 
 import pandas as pd
 
+from analysis.statistics import Interval
 from analysis.summary import DIRECTIONS, STAGES, TRAIN_LOSS_STEPS
 
 NOTHING = "-"
@@ -36,6 +37,14 @@ def binary_bytes(num_bytes: float, digits: int = 4) -> str:
         num_bytes /= 1024
         power += 1
     return f"{significant(num_bytes, digits)} {_BINARY_UNITS[power]}"
+
+
+def with_interval(interval: Interval | None, digits: int = 3) -> str:
+    """A number with its interval, such as `1.12 [1.04, 1.16]`; `-` without one, no brackets where it has no width."""
+    if interval is None:
+        return NOTHING
+    value, low, high = (significant(number, digits) for number in interval)
+    return value if interval.low == interval.value == interval.high else f"{value} [{low}, {high}]"
 
 
 class _Rows:
@@ -195,15 +204,15 @@ def format_table(summary: pd.DataFrame) -> str:
     return "\n\n".join(blocks) + "\n"
 
 
-def aligned(table: pd.DataFrame) -> str:
-    """A table of text cells for a terminal: headings, a rule, rows; `system` and `status` start left."""
+def aligned(table: pd.DataFrame, left: Collection[str] = ("system", "status")) -> str:
+    """A table of text cells for a terminal: headings, a rule, rows; the columns `left` start left."""
     cells = [list(table.columns), *([str(cell) for cell in row] for row in table.itertuples(index=False))]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = []
     for row in cells:
         # Names and statuses start left, numbers end right.
         padded = [
-            cell.ljust(width) if name in ("system", "status") else cell.rjust(width)
+            cell.ljust(width) if name in left else cell.rjust(width)
             for name, cell, width in zip(table.columns, row, widths, strict=True)
         ]
         lines.append("  ".join(padded).rstrip())

@@ -2,24 +2,36 @@
 
 A batch's loss says more about the batch than about the model: losses are smoothed, as the mean of the last few logged
 steps. A curve reaches the target in the first logged step whose mean is at or below it; nothing is interpolated.
+
+A target is stated before the runs, as their `trainer.target_loss`. `python -m analysis.target_loss outputs/<pilot run>`
+tells one: what that run, of the baseline and with a seed of its own, has after two thirds of its steps.
 """
 
 from __future__ import annotations
 
-from math import isfinite
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from math import isfinite, nan
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 
-from analysis.comparison import Comparison
+from analysis.comparison import Comparison, compare
+from analysis.errors import ResultsError, exit_code
+from analysis.load import load_run
 from analysis.tables import significant
 
-WINDOW = 10
+WINDOW = 20
 """Logged steps that a smoothed loss is the mean of."""
 
 BUDGET = 2 / 3
-"""Without a given target: the loss that the baseline has after this share of its steps."""
+"""A pilot run's loss after this share of its steps is the target."""
+
+SAME_NATS = 1e-5
+"""A stated target this near to a run's own loss there was taken from it: other seeds part by a hundredth."""
 
 CURVE_COLUMNS = ["system", "seed", "steps", "value", "seconds"]
 
@@ -80,24 +92,54 @@ def smoothed_losses(comparison: Comparison, window: int = WINDOW) -> pd.DataFram
     return pd.concat(frames, ignore_index=True)[CURVE_COLUMNS] if frames else pd.DataFrame(columns=CURVE_COLUMNS)
 
 
-def target_of(comparison: Comparison, curves: pd.DataFrame, given: float | None = None) -> Target:
-    """The given target, else the baseline's smoothed loss after two thirds of its steps, mean over its seeds.
+def stated_target(comparison: Comparison, curves: pd.DataFrame) -> Target:
+    """What the runs' configuration states: it was written before their first step.
 
     Args:
-        comparison: whose baseline is meant.
+        comparison: whose runs are meant.
         curves: of `smoothed_losses`.
-        given: nats per token; None to take it from the baseline.
+
+    Raises:
+        ResultsError: runs that state different ones, or one that was taken from these runs themselves.
     """
-    if given is not None:
-        return Target(given, "as given")
-    own = curves[curves["system"] == comparison.baseline]
-    if not len(own):
-        return Target(float("nan"), f"{comparison.baseline} has no smoothed loss to take one from")
-    budget = own["steps"].max() * BUDGET
-    at = own[own["steps"] <= max(budget, own["steps"].min())].groupby("seed").last()
-    where = f"after {int(at['steps'].max())} of {int(own['steps'].max())} steps, two thirds of its budget"
-    mean = f", mean over {len(at)} seeds" if len(at) > 1 else ""
-    return Target(float(at["value"].mean()), f"what {comparison.baseline} has {where}{mean}, taken from these runs")
+    stated = {run.config.get("trainer", {}).get("target_loss"): run.path for run in comparison.runs}
+    if len(stated) > 1:
+        told = "; ".join(f"{'none' if loss is None else loss} ({path})" for loss, path in stated.items())
+        raise ResultsError(f"the runs state different trainer.target_loss: {told}. Fix: run all of them with one.")
+    loss = next(iter(stated), None)
+    if loss is None:
+        return Target(nan, "the runs' configuration states no trainer.target_loss")
+    for who, own in _own_losses(curves):
+        if abs(own - loss) < SAME_NATS:
+            raise ResultsError(
+                f"trainer.target_loss={loss} is what {who} has here after two thirds of its steps: a target is stated "
+                "before the runs, not taken from them. Fix: take it from a pilot run with another seed, see "
+                "`python -m analysis.target_loss --help`, and run these anew with it."
+            )
+    return Target(float(loss), "stated in the runs' configuration before they began")
+
+
+def at_budget(curves: pd.DataFrame) -> dict[tuple[str, int], float]:
+    """The smoothed loss of each run after two thirds of its steps, by system and seed.
+
+    Args:
+        curves: of `smoothed_losses`.
+    """
+    found = {}
+    for (system, seed), own in curves.groupby(["system", "seed"], sort=False):
+        within = own[own["steps"] <= max(own["steps"].max() * BUDGET, own["steps"].min())]
+        found[str(system), int(seed)] = float(within["value"].iloc[-1])
+    return found
+
+
+def _own_losses(curves: pd.DataFrame) -> Iterator[tuple[str, float]]:
+    """What a target could have been taken from: each run's loss at its budget, and each system's mean over seeds."""
+    by_system: dict[str, list[float]] = {}
+    for (system, seed), loss in at_budget(curves).items():
+        by_system.setdefault(system, []).append(loss)
+        yield f"{system} seed {seed}", loss
+    for system, losses in by_system.items():
+        yield f"the mean of {system}", float(np.mean(losses))
 
 
 def when_reached(curves: pd.DataFrame, target: Target) -> dict[tuple[str, int], Reached]:
@@ -115,15 +157,36 @@ def when_reached(curves: pd.DataFrame, target: Target) -> dict[tuple[str, int], 
     }
 
 
-def never_reached(comparison: Comparison, curves: pd.DataFrame, target: Target) -> dict[tuple[str, int], str]:
-    """Why usable runs have no step of the target, by system and seed: `not in 150 steps`."""
+def never_reached(comparison: Comparison, curves: pd.DataFrame, target: Target) -> dict[tuple[str, int], int]:
+    """The usable runs that have no step of the target, by system and seed: how many steps they had (a censored time);
+    0 for those with too few logged losses to smooth."""
     if not isfinite(target.loss):
         return {}
     reached = when_reached(curves, target)
     last = curves.groupby(["system", "seed"])["steps"].max()
     pairs = [(system, seed) for system in comparison.systems for seed in comparison.usable_seeds(system, "run")]
-    return {
-        pair: f"not in {int(last[pair])} steps" if pair in last.index else "too few logged losses to smooth"
-        for pair in pairs
-        if pair not in reached
-    }
+    return {pair: int(last.get(pair, 0)) for pair in pairs if pair not in reached}
+
+
+def why_missed(steps: int) -> str:
+    """A value of `never_reached` in words: `not in 150 steps`."""
+    return f"not in {steps} steps" if steps else "too few logged losses to smooth"
+
+
+@exit_code
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Command line, with its exit code."""
+    parser = argparse.ArgumentParser(prog="python -m analysis.target_loss", description=__doc__)
+    parser.add_argument("run", type=Path, help="folder of a pilot run that is done, such as outputs/<run id>")
+    folder = parser.parse_args(arguments).run
+    pilot = compare([folder], None, load_run(folder, metrics=()).system)
+    losses = list(at_budget(smoothed_losses(pilot)).values())
+    if not losses:
+        flaws = [str(problem) for problem in pilot.problems if problem.source == "run"]
+        told = "; ".join(flaws) or f"it has not logged {WINDOW} losses"
+        raise ResultsError(f"{folder} tells no target: {told}. Fix: name a training run that is done.")
+    print(f"trainer.target_loss={losses[0]:.6f}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

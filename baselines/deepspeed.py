@@ -4,6 +4,10 @@ Its gate runs without sampling (no second-expert noise, no random token selectio
 the others'. Without a capacity factor nothing drops: upstream then pads every expert to the fullest one of any rank.
 With one, it drops as many copies as the others, not always the same ones: for K = 2 the last in the queue (the suite's
 rule), for K > 2 the least probable, for K = 1 whichever `torch.topk` finds last among equals.
+
+With `replicas` = r it runs upstream's expert-data parallelism, `ep_size` = ranks / r (baselines/replica_blocks.py). The
+layer alone is upstream's, not its engine: gradients are reduced by the suite, to all replicas, and without ZeRO-1 each
+keeps its expert's whole optimizer state.
 """
 
 from __future__ import annotations
@@ -20,9 +24,10 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
+from baselines.replica_blocks import ReplicaBlocks, mesh_of_blocks, replicas_of
 from moe.experts import ExpertFFN
 from moe.mesh import Mesh
-from moe.system import ExpertView, LayerSpec, MoELayer, MoEOutput, System
+from moe.system import ExpertView, LayerSpec, MoELayer, MoEOutput
 from moe.topology import Cluster
 
 
@@ -30,12 +35,14 @@ class Options(BaseModel):
     """Options of conf/system/deepspeed.yaml; upstream's names.
 
     Args:
+        replicas: r, of every expert, on different ranks; null: as many as the mesh has, which is one.
         min_capacity: fewest slots of an expert when a capacity factor is set.
         use_rts: where K = 1 drops, drop at random.
         use_tutel: upstream's Tutel kernels; needs the package.
     """
 
     model_config = ConfigDict(extra="forbid")
+    replicas: int | None = Field(default=None, ge=1, examples=[4])
     min_capacity: int = Field(default=4, ge=0)
     use_rts: bool = False
     use_tutel: bool = False
@@ -83,6 +90,11 @@ class DeepSpeedLayer(MoELayer):
         """[E, M]."""
         return self.upstream.deepspeed_moe.gate.wg.weight
 
+    @property
+    def replicas_E(self) -> list[int] | None:
+        """As many of each expert."""
+        return replicas_of(self)
+
     def expert_views(self) -> list[ExpertView]:
         """Upstream's list of local experts, in global order."""
         experts = self.upstream.deepspeed_moe.experts.deepspeed_experts
@@ -94,7 +106,7 @@ class DeepSpeedLayer(MoELayer):
         return self.upstream.deepspeed_moe.gate, self.upstream.deepspeed_moe.experts
 
 
-class DeepSpeed(System):
+class DeepSpeed(ReplicaBlocks):
     """DeepSpeed-MoE as its authors ship it."""
 
     name = "deepspeed"
@@ -102,9 +114,13 @@ class DeepSpeed(System):
     summary = "DeepSpeed-MoE: GShard gating, experts padded to equal capacity"
     Options = Options
 
+    def replicas(self, num_experts: int, num_ranks: int) -> int:
+        """r; one unless asked for."""
+        return int(self.options.replicas or 1)
+
     def refusals(self, spec: LayerSpec, cluster: Cluster) -> list[str]:
-        """Missing packages."""
-        reasons = []
+        """Missing packages, and replicas that the ranks can't be cut into."""
+        reasons = [] if self.options.replicas is None else super().refusals(spec, cluster)
         if find_spec("deepspeed") is None:
             reasons.append(
                 "The package deepspeed is not installed; see https://www.deepspeed.ai/tutorials/advanced-install/."
@@ -115,6 +131,8 @@ class DeepSpeed(System):
 
     def build_layer(self, spec: LayerSpec, mesh: Mesh) -> MoELayer:
         """Upstream's layer. Collective: it makes process groups."""
+        if self.options.replicas is not None:
+            mesh = mesh_of_blocks(mesh, self.options.replicas)
         return DeepSpeedLayer(spec, mesh, self.options)
 
 

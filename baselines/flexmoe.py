@@ -33,6 +33,7 @@ from moe.gate import Routing
 from moe.mesh import Mesh
 from moe.replica_layer import ReplicatedMoE
 from moe.replica_table import ReplicaTable, SlotOptions, cyclic_table
+from moe.step_parts import step_part
 from moe.sync import GradientSync
 from moe.system import LayerSpec, MoELayer, System, moe_layers
 from moe.topology import Cluster
@@ -138,6 +139,7 @@ class FlexMoELayer(ReplicatedMoE):
         self.gate.use(table)
         self.experts.experts = table.on_rank(self.mesh.rank)
 
+    @step_part("scheduler")
     def planned(self, copies_NE: Copies, options: Options) -> list[int]:
         """The next expert_of_slot [J], by the copies of each rank in one step."""
         table = self.table
@@ -229,6 +231,7 @@ def replace(layers: Sequence[FlexMoELayer], tables: Sequence[ReplicaTable], opti
     return sent_bytes
 
 
+@step_part("popularity")
 def _copies_of_all_ranks(layers: Sequence[FlexMoELayer], mesh: Mesh) -> Tensor:
     """[layers, N, E] int64, the mean of the passes since the last decision, rounded up: who had any is not lost."""
     copies_ZE = torch.stack([-(-layer.copies_E // max(1, layer.passes)) for layer in layers])

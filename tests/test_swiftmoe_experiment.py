@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -18,7 +19,8 @@ from analysis.swiftmoe import FIGURES, write_swiftmoe
 from analysis.target_loss import main as target_main
 from experiments import bench_run, cells, compare
 from experiments.cli import CONF
-from tests.tiny import ONE_RANK, run_ranks_here, tiny
+from experiments.config import run_id
+from tests.tiny import ONE_RANK, run_ranks_here, tiny, tiny_config
 
 STEPS, WINDOW = 12, 2
 MODEL = ["model.moe_every=1", "model.num_layers=2", "model.top_k=1", "model.capacity_factor=1.0"]
@@ -77,9 +79,9 @@ def test_slots_follow_popularity_as_each_system_says(outputs: Path) -> None:
 
 
 def test_a_target_from_a_pilot_is_refused_where_the_pilot_is_one_of_the_runs(
-    outputs: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    outputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """It is told for a run of its own, whose seed is another's in practice."""
+    outputs = shutil.copytree(outputs, tmp_path / "outputs", ignore=shutil.ignore_patterns("checkpoints"))
     pilot = next(outputs.glob("deepspeed_static-*-s0-*"))
     assert target_main([str(pilot)]) == 2
     assert "it has not logged 20 losses" in capsys.readouterr().err
@@ -92,6 +94,12 @@ def test_a_target_from_a_pilot_is_refused_where_the_pilot_is_one_of_the_runs(
         (path / "config.yaml").write_text(yaml.safe_dump(config))
     with pytest.raises(ResultsError, match="is what deepspeed_static seed 0 has here after two thirds of its steps"):
         write_swiftmoe(outputs / "compare", window=WINDOW)
+
+
+def test_a_run_with_another_target_is_another_run(tmp_path: Path, text: Path) -> None:
+    """So that none goes on, or counts as done, under a target that was stated later."""
+    targets = ("null", "4.0", "4.1")
+    assert len({run_id(tiny_config(tmp_path, text, f"trainer.target_loss={target}")) for target in targets}) == 3
 
 
 @pytest.mark.parametrize("name", ["netns", "gpu"])

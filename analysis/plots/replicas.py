@@ -1,4 +1,4 @@
-"""One expert's popularity against its slots: a flat line where they are static, else one that follows."""
+"""Popularity of single experts against their slots: flat lines where slots are static, else lines that follow."""
 
 from __future__ import annotations
 
@@ -16,101 +16,107 @@ from analysis.plots.rows import where
 from analysis.popularity import Expert, Popularities, Popularity
 from analysis.style import GREY, PAGE_INCHES, caption, look_of, new_figure, panel, shortened
 
-MOST_PANELS = 4
-"""Columns that a page has room for."""
+MOST_ROWS = 6
+"""Systems that a page has room for."""
 
 ZOOM_STEPS = 30
-"""Logged steps of the lower row, around the largest change of popularity from one to the next."""
+"""Logged steps of the last column, around the largest change of popularity from one to the next."""
+
+COLUMNS = ("growing", "shrinking", "spiky", "spiky, in detail")
+"""`Popularity.characters`, the last one twice."""
 
 _POPULARITY: dict[str, Any] = {"color": GREY, "linewidth": 0.8}
 
 
 class Drawn(NamedTuple):
-    """What one column shows."""
+    """What one row shows."""
 
     system: str
     seed: int
     popularity: Popularity
-    of: Expert
 
 
-def columns_of(comparison: Comparison, popularities: Popularities, expert: int | None = None) -> list[Drawn]:
+def rows_of(comparison: Comparison, popularities: Popularities) -> list[Drawn]:
     """The baseline, then every system whose experts have replicas; of each the first seed that has counts.
 
     Args:
         comparison: the systems.
         popularities: of its runs.
-        expert: see `Popularity.most_variable`.
-
-    Raises:
-        ResultsError: there is no such expert.
     """
     found: dict[str, Drawn] = {}
     for system in [comparison.baseline, *comparison.systems]:
         for seed in comparison.usable_seeds(system, "run"):
             popularity = popularities.get((system, seed))
             if popularity is not None and (system == comparison.baseline or popularity.replicas_SLE is not None):
-                found.setdefault(system, Drawn(system, seed, popularity, popularity.most_variable(expert)))
+                found.setdefault(system, Drawn(system, seed, popularity))
     return list(found.values())
 
 
-def replicas_figure(comparison: Comparison, popularities: Popularities, expert: int | None = None) -> Figure:
-    """Share of the layer's copies and share of its slots against step, a column a system; below, a stretch of it.
+def replicas_figure(comparison: Comparison, popularities: Popularities) -> Figure:
+    """Share of the layer's copies and share of its slots against step: a row a system, a column a kind of expert.
 
     Args:
         comparison: the systems.
         popularities: of its runs.
-        expert: whose lines are drawn; None for the most variable one of each run.
-
-    Raises:
-        ResultsError: there is no such expert.
     """
-    columns = columns_of(comparison, popularities, expert)
-    drawn, left_out = columns[:MOST_PANELS], [column.system for column in columns[MOST_PANELS:]]
-    figure, panels = new_figure(3.4, PAGE_INCHES, nrows=2, ncols=max(1, len(drawn)), sharey="row")
-    for index, column in enumerate(drawn):
-        steps_S = column.popularity.steps_S
-        whole, zoom = panels[index], panels[len(drawn) + index]
-        label = comparison.label(column.system)
-        panel(whole, label.replace(" (", "\n("), comparison.kind, grid="y")
-        panel(zoom, f"layer {column.of.layer}, expert {column.of.expert}", comparison.kind, grid="y")
-        _draw(whole, column, np.ones(len(steps_S), dtype=bool))
-        _draw(zoom, column, _busiest(column.popularity.copy_shares_S(column.of)))
-        zoom.set_xlabel(f"step (seed {column.seed})")
-    for axes in panels:
-        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-        axes.xaxis.set_major_locator(MaxNLocator(nbins=4, integer=True))
-        axes.set_ylim(bottom=0)
+    rows = rows_of(comparison, popularities)
+    drawn, left_out = rows[:MOST_ROWS], [row.system for row in rows[MOST_ROWS:]]
+    height = 0.9 + 0.85 * max(1, len(drawn))
+    figure, panels = new_figure(height, PAGE_INCHES, nrows=max(1, len(drawn)), ncols=len(COLUMNS))
+    for index, row in enumerate(drawn):
+        own = panels[index * len(COLUMNS) : (index + 1) * len(COLUMNS)]
+        _draw_row(own, row, comparison, last=index == len(drawn) - 1)
     if drawn:
         handles = [Line2D([], [], **_POPULARITY), Line2D([], [], color="black", linewidth=1.4)]
         labels = ["popularity: share of the layer's copies", "replicas: share of its slots, in the system's colour"]
         figure.legend(handles, labels, loc="outside upper left", ncols=2)
-        panels[0].set_ylabel("share, whole run")
-        panels[len(drawn)].set_ylabel("share, in detail")
     else:
-        for axes in panels:
-            panel(axes, "Popularity and replicas", comparison.kind)
+        for axes, title in zip(panels, COLUMNS, strict=True):
+            panel(axes, title, comparison.kind)
             axes.set_xticks([])
             axes.set_yticks([])
             axes.text(0.5, 0.5, "no run has counts", transform=axes.transAxes, ha="center", va="center", color=GREY)
-    told = "the most variable of its run (standard deviation of its copies)" if expert is None else "as asked for"
     caption(
         figure,
-        f"One expert a column, {told}; copies of all ranks before drops. With a capacity factor of 1 an expert's "
-        f"capacity is its share of the slots. Below: {ZOOM_STEPS} logged steps around the largest change of popularity "
-        "between two of them.",
-        "No run tells replicas." if not any(column.popularity.replicas_SLE is not None for column in columns) else "",
+        "Copies of all ranks before drops; at a capacity factor of 1 an expert's capacity is its share of the slots. "
+        "Of each run the expert whose share grew most from its first third to its last, the one whose share shrank "
+        f"most, and the one that changed most from step to step; in detail: {ZOOM_STEPS} logged steps around its "
+        "largest change.",
+        "No run tells replicas." if not any(row.popularity.replicas_SLE is not None for row in rows) else "",
         shortened(f"Not drawn: {', '.join(left_out)}.", 200) if left_out else "",
         where(comparison),
     )
     return figure
 
 
-def _draw(axes: Axes, column: Drawn, shown_S: NDArray[np.bool_]) -> None:
-    steps_S = column.popularity.steps_S[shown_S]
-    axes.plot(steps_S, column.popularity.copy_shares_S(column.of)[shown_S], zorder=2, **_POPULARITY)
-    slots_S = column.popularity.slot_shares_S(column.of)[shown_S]
-    style: dict[str, Any] = {"color": look_of(column.system).colour, "linewidth": 1.4, "drawstyle": "steps-mid"}
+def _draw_row(panels: list[Axes], row: Drawn, comparison: Comparison, last: bool) -> None:
+    characters = row.popularity.characters()
+    for axes, title in zip(panels, COLUMNS, strict=True):
+        of = characters.get(title.partition(",")[0])
+        panel(axes, title, comparison.kind, grid="y")
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=4, integer=True))
+        if of is None:
+            axes.set_yticks([])
+            continue
+        steps = np.ones(len(row.popularity.steps_S), dtype=bool)
+        _draw(axes, row, of, _busiest(row.popularity.copy_shares_S(of)) if title == COLUMNS[-1] else steps)
+        top = axes.get_ylim()[1]
+        axes.set_yticks([tick for tick in MaxNLocator(nbins=4).tick_values(0, top) if tick <= top])
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        axes.set_ylim(0, 1.3 * top)  # room for the name
+        name = f"layer {of.layer}, expert {of.expert}"
+        axes.text(0.98, 0.97, name, transform=axes.transAxes, ha="right", va="top", fontsize=5.5, color=GREY)
+        if last:
+            axes.set_xlabel("step")
+    label = comparison.label(row.system).replace(" (", "\n(")
+    panels[0].set_ylabel(f"{label}\nseed {row.seed}")
+
+
+def _draw(axes: Axes, row: Drawn, of: Expert, shown_S: NDArray[np.bool_]) -> None:
+    steps_S = row.popularity.steps_S[shown_S]
+    axes.plot(steps_S, row.popularity.copy_shares_S(of)[shown_S], zorder=2, **_POPULARITY)
+    slots_S = row.popularity.slot_shares_S(of)[shown_S]
+    style: dict[str, Any] = {"color": look_of(row.system).colour, "linewidth": 1.4, "drawstyle": "steps-mid"}
     axes.plot(steps_S, slots_S, zorder=3, **style)
 
 

@@ -1,22 +1,49 @@
-"""What one key of the model does to survival and to the way to a target loss, a line a system."""
+"""What one key of the model does to survival, to the way to a target loss and to a step's time, a line a system."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import NullLocator, PercentFormatter
+from matplotlib.ticker import NullLocator
 
-from analysis.style import GREY, PAGE_INCHES, caption, look_of, new_figure, panel, shortened
+from analysis.style import COLUMN_INCHES, GREY, PAGE_INCHES, caption, look_of, new_figure, panel, shortened
+
+
+class Panel(NamedTuple):
+    """One panel: which of `analysis.swiftmoe_numbers.NUMBERS`, its title, label and the factor to the label's unit."""
+
+    number: str
+    title: str
+    label: str
+    scale: float
+
+
+PANELS = (
+    Panel("survival", "Survival", "copies computed, % of those routed", 100),
+    Panel("target_steps", "Steps to the target loss", "steps", 1),
+    Panel("step_s", "Time of a step", "ms", 1e3),
+)
+
+LABELS = {
+    "aux_loss_weight": "weight of the balance loss",
+    "capacity_factor": "capacity factor",
+    "model_dim": "model dimension",
+    "num_experts": "experts",
+}
+"""Of keys, for axes."""
 
 _LOG_FROM = 20
 """Values that are so many times apart stand on a logarithmic axis."""
 
 
 def sweep_figure(table: pd.DataFrame, kind: str, target: str, window: int, place: str) -> Figure:
-    """Two panels over the key's values: survival on the left, steps to the target on the right; bars are seeds' ranges.
+    """Panels over the key's values: survival, steps to the target, time of a step; bars are seeds' ranges. A panel for
+    which no system has a number is left out.
 
     Args:
         table: columns as of `analysis.swiftmoe_sweep.COLUMNS`, one value of `key`.
@@ -25,24 +52,19 @@ def sweep_figure(table: pd.DataFrame, kind: str, target: str, window: int, place
         window: logged steps that a loss is the mean of.
         place: a sentence on the cluster.
     """
-    figure, (left, right) = new_figure(2.6, PAGE_INCHES, ncols=2)
     key, systems = str(table["key"].iloc[0]), list(dict.fromkeys(table["system"]))
     values = sorted(set(table["key_value"].astype(float)))
-    for axes, name, title in (
-        (left, "survival", "Survival"),
-        (right, "target_steps", "Steps to the target loss"),
-    ):
-        drawn = sum(_draw(axes, table[table["system"] == system], system, name) for system in systems)
+    told = [panel_of for panel_of in PANELS if table[panel_of.number].notna().any()] or list(PANELS[:1])
+    figure, panels = new_figure(2.6, PAGE_INCHES if len(told) > 1 else COLUMN_INCHES, ncols=len(told))
+    for axes, (number, title, label, scale) in zip(panels, told, strict=True):
+        drawn = sum(_draw(axes, table[table["system"] == system], system, number, scale) for system in systems)
         panel(axes, title, kind, grid="y")
-        axes.set_xlabel(key)
+        axes.set_xlabel(LABELS.get(key, key))
+        axes.set_ylabel(label)
         _scale(axes, values)
         if not drawn:
             axes.set_yticks([])
             axes.text(0.5, 0.5, "no number", transform=axes.transAxes, ha="center", va="center", color=GREY)
-    if len(left.lines):
-        left.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    left.set_ylabel("copies computed, of those routed")
-    right.set_ylabel("steps")
     handles = [
         Line2D([], [], color=look_of(system).colour, marker=look_of(system).marker, ms=4, mfc="white", mew=0.9)
         for system in systems
@@ -52,26 +74,27 @@ def sweep_figure(table: pd.DataFrame, kind: str, target: str, window: int, place
         for system, implementation in table[["system", "implementation"]].drop_duplicates().itertuples(index=False)
     ]
     figure.legend(handles, labels, loc="outside upper left", ncols=min(5, len(systems)))
-    without = table[table["target_steps"].isna()]
-    told = ", ".join(f"{row.system} at {row.key_value:g}" for row in without.itertuples())
+    without = table[table["target_steps"].isna()] if table["target_loss"].notna().any() else table[:0]
+    late = ", ".join(f"{row.system} at {row.key_value:g}" for row in without.itertuples())
     caption(
         figure,
         f"{target} Loss: mean of the last {window} logged steps. Points: mean over seeds, bars their range; survival: "
-        "over all logged steps, whatever the target.",
-        shortened(f"Without a number, because some seed was never at the target or did not run: {told}.", 300)
-        if told
+        "over all logged steps, whatever the target; step: median of the rounds in which the systems of one value took "
+        "turns, values one after the other.",
+        shortened(f"No steps to the target, because some seed was never there or did not run: {late}.", 300)
+        if late
         else "",
         place,
     )
     return figure
 
 
-def _draw(axes: Axes, rows: pd.DataFrame, system: str, name: str) -> bool:
+def _draw(axes: Axes, rows: pd.DataFrame, system: str, name: str, scale: float) -> bool:
     """Whether there was a point to draw."""
     rows = rows[rows[name].notna()].sort_values("key_value")
     if not len(rows):
         return False
-    look, numbers = look_of(system), rows[[name, f"{name}_low", f"{name}_high"]].to_numpy(dtype=np.float64)
+    look, numbers = look_of(system), scale * rows[[name, f"{name}_low", f"{name}_high"]].to_numpy(dtype=np.float64)
     bars = np.clip([numbers[:, 0] - numbers[:, 1], numbers[:, 2] - numbers[:, 0]], 0, None)
     axes.errorbar(
         rows["key_value"],

@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator
 from analysis.comparison import Comparison
 from analysis.plots.rows import where
 from analysis.style import GREY, PAGE_INCHES, caption, look_of, new_figure, panel, shortened
-from analysis.target_loss import Target, never_reached, when_reached
+from analysis.target_loss import Target, never_reached, when_reached, why_missed
 
 _TARGET: dict[str, Any] = {"color": GREY, "linestyle": (0, (4, 2)), "linewidth": 0.8}
 
@@ -66,8 +66,8 @@ def target_figure(comparison: Comparison, curves: pd.DataFrame, target: Target, 
             labels.append("target")
         figure.legend(handles, labels, loc="outside upper left", ncols=min(5, len(handles)))
     late: dict[str, list[str]] = {}
-    for (system, seed), why in never_reached(comparison, curves, target).items():
-        late.setdefault(why, []).append(f"{system} seed {seed}")
+    for (system, seed), steps in never_reached(comparison, curves, target).items():
+        late.setdefault(why_missed(steps), []).append(f"{system} seed {seed}")
     seeds = ", ".join(str(seed) for seed in comparison.run_seeds)
     caption(
         figure,

@@ -1,0 +1,91 @@
+"""Where the time of a whole training step goes, system by system, and how much longer steps are that move replicas."""
+
+from __future__ import annotations
+
+from math import isfinite
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+
+from analysis.comparison import Comparison
+from analysis.plots.rows import ROW_INCHES, no_number, system_rows, timed, where
+from analysis.style import GREY, PAGE_INCHES, PALE, STAGE_COLOURS, caption, look_of, new_figure, panel
+from analysis.swiftmoe_latency import BREAKDOWN, REST, PerSeed
+
+_MS = 1e3
+
+PART_COLOURS = dict(
+    zip(
+        (*BREAKDOWN, REST),
+        # Tol's light set, after those of the stages of a layer: parts are no systems and share no colour with one.
+        (STAGE_COLOURS["dispatch"], STAGE_COLOURS["combine"], "#BBCC33", "#AAAA00", "#DDAA33", "#99DDFF", "#EE3377")
+        + ("#FFAABB", PALE),
+        strict=True,
+    )
+)
+
+
+def latency_figure(comparison: Comparison, parts: pd.DataFrame, moving: PerSeed) -> Figure:
+    """Left, a stacked bar a system with a tick where the whole step ends; right, steps that move replicas over others.
+
+    Args:
+        comparison: the systems.
+        parts: seconds, of `analysis.swiftmoe_latency.breakdown`.
+        moving: of `analysis.swiftmoe_latency.moving_ratios`.
+    """
+    height = 1.5 + ROW_INCHES * 1.15 * len(comparison.systems)
+    figure, (left, right) = new_figure(height, PAGE_INCHES, ncols=2, width_ratios=[2.6, 1], sharey=True)
+    system_rows(left, comparison)
+    ends = [
+        _draw(left, row, parts.loc[system]) for row, system in enumerate(comparison.systems) if system in parts.index
+    ]
+    for row, system in enumerate(comparison.systems):
+        if system not in parts.index:
+            no_number(left, row, "not timed")
+    left.set_xlim(0, 1.04 * max(ends, default=1.0))
+    left.set_xlabel("time of one training step, ms")
+    panel(left, "Parts of a step", comparison.kind)
+    ratios = [1.0]
+    for row, system in enumerate(comparison.systems):
+        own = [ratio for (name, _), ratio in moving.items() if name == system]
+        look = look_of(system)
+        if own:
+            right.barh(row, sum(own) / len(own) - 1, left=1, height=0.62, color=look.colour)
+            right.plot(own, [row] * len(own), linestyle="none", color="black", marker=".", ms=3)
+        ratios += own
+    right.axvline(1, color=GREY, linewidth=0.6)
+    right.set_xlim(min(1.0, *ratios) - 0.02, 1.06 * max(ratios) if len(ratios) > 1 else 2)
+    right.set_xlabel("time over other steps', x")
+    right.tick_params(axis="y", length=0)
+    panel(right, "Steps that move", comparison.kind)
+    told = [name for name in (*BREAKDOWN, REST) if len(parts) and (parts[name].fillna(0) > 0).any()]
+    handles: list[Patch | Line2D] = [Patch(facecolor=PART_COLOURS[name], edgecolor="white") for name in told]
+    handles.append(Line2D([], [], color="black", marker="|", markersize=6, markeredgewidth=1.2, linestyle="none"))
+    figure.legend(handles, [*told, "whole step"], loc="outside upper left", ncols=4)
+    caption(
+        figure,
+        "Left: medians over interleaved rounds of the slowest rank, part by part, mean over seeds; parts are from "
+        "rounds of their own under the stage clock. Parts of different ranks overlap, so a bar can end behind the "
+        "whole step; where it ends before, the rest is what no part tells. Right: median training step that moves "
+        "replicas over the median one that does not, mean over seeds, a dot a seed; of systems most of whose steps "
+        "move none.",
+        timed(comparison),
+        where(comparison),
+    )
+    return figure
+
+
+def _draw(axes: Axes, row: int, parts: pd.Series) -> float:
+    """One system's bar; where it ends, in ms."""
+    left = 0.0
+    for name, colour in PART_COLOURS.items():
+        width = float(parts[name]) * _MS
+        if isfinite(width) and width > 0:
+            axes.barh(row, width, left=left, height=0.62, color=colour, edgecolor="white", linewidth=0.4)
+            left += width
+    step = float(parts["step"]) * _MS
+    axes.plot([step, step], [row - 0.4, row + 0.4], color="black", linewidth=1.2, solid_capstyle="butt", zorder=4)
+    return max(left, step)
