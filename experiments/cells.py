@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -17,6 +18,7 @@ from experiments.join import ranks_here
 from experiments.launch import RankFailure, is_main_process, run_ranks
 from experiments.model import DTYPES, layer_spec
 from experiments.model_size import available_bytes, check_fits, describe
+from experiments.ranks import GIVEN_UP
 from experiments.results import RunDir, RunStatus, now
 from moe.errors import ConfigError, Problem, Refused, SuiteError
 
@@ -42,14 +44,14 @@ def announce_and_check(configs: Sequence[RunConfig]) -> None:
     """
     if is_main_process():
         first = configs[0]
-        print(describe(first.model, first.trainer, first.cluster, _expert_ranks(first)), flush=True)
+        print(describe(first.model, first.trainer, first.cluster, *_expert_copies(first)), flush=True)
     problems: list[Problem] = []
     for config in configs:
         if is_current(config) and not config.force:
             continue
         available = available_bytes(config.cluster)
         try:
-            check_fits(config.model, config.trainer, config.cluster, available, _expert_ranks(config))
+            check_fits(config.model, config.trainer, config.cluster, available, *_expert_copies(config))
         except ConfigError as error:
             problems += [replace(p, rule=f"under system {config.system.label} {p.rule}") for p in error.problems]
         try:
@@ -77,10 +79,12 @@ def _text_has_changed(config: RunConfig, tokens: TokenSet) -> bool:
     return run_dir_of(config).read_manifest().get("text_sha256", tokens.fingerprint) != tokens.fingerprint
 
 
-def _expert_ranks(config: RunConfig) -> float:
-    num_ranks = config.cluster.world_size
+def _expert_copies(config: RunConfig) -> tuple[float, float]:
+    """Ranks that the experts are spread over, and copies in slots, as `estimate_memory` takes them."""
+    num_ranks, num_experts = config.cluster.world_size, config.model.num_experts
     system = registry.create(config.system.name, config.system.options)
-    return num_ranks / system.expert_copies(config.model.num_experts, num_ranks)
+    trained = system.expert_copies(num_experts, num_ranks)
+    return num_ranks / trained if trained else math.inf, system.slot_copies(num_experts, num_ranks)
 
 
 def _check_start(config: RunConfig) -> None:
@@ -105,9 +109,12 @@ def run_cells(configs: Sequence[RunConfig], overrides: Sequence[str]) -> list[Ce
     """
     waiting: list[RunConfig] = []
     failures: list[CellFailure] = []
+    given_up = os.environ.get(GIVEN_UP, "").split(",")
     try:
         for config in configs:
-            if _must_run(config, overrides):
+            if run_id(config) in given_up:
+                failures.append(CellFailure(config, _earlier_failure(config)))
+            elif _must_run(config, overrides):
                 waiting.append(config)
         while waiting:
             try:
@@ -186,6 +193,14 @@ def _launch(configs: Sequence[RunConfig]) -> None:
         timeout_s=first.trainer.timeout_s,
         env=first.cluster.variables,
     )
+
+
+def _earlier_failure(config: RunConfig) -> RankFailure:
+    """How a run failed that its job has given up."""
+    status = run_dir_of(config).status()
+    if status is not None and (status.status == "oom" or status.status == "timeout"):
+        return RankFailure(status.status, None, status.reason)
+    return RankFailure("failed", None, "unknown" if status is None else status.reason)
 
 
 def _where_it_stopped(configs: Sequence[RunConfig]) -> int:

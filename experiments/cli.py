@@ -104,6 +104,24 @@ def compose(kind: str, overrides: Sequence[str] = (), extra_folder: str | None =
         return _compose(kind, list(overrides), extra_folder)
 
 
+def compose_cells(kind: Kind, overrides: Sequence[str]) -> list[tuple[list[str], dict[str, Any]]]:
+    """The runs of a sweep: for each its overrides and its composed config, checked but not yet settled.
+
+    Args:
+        kind: name of the primary config.
+        overrides: as on the command line, `key=a,b` for several values.
+
+    Raises:
+        ConfigError: with the problems of all overrides and of all runs.
+    """
+    checker = _Checker(kind, None)
+    with _composer():
+        problems = checker.check(kind, list(overrides), True)
+    if problems:
+        raise ConfigError(*problems)
+    return [([text.removeprefix("++") for text in cell], composed) for cell, composed in checker.composed]
+
+
 def plain(composed: DictConfig) -> dict[str, Any]:
     """A composed config as dicts, lists and scalars, interpolations resolved."""
     return cast(dict[str, Any], OmegaConf.to_container(composed, resolve=True))
@@ -151,6 +169,7 @@ class _Checker:
         self.extra_folder = extra_folder
         self.for_hydra: dict[str, str] = {}
         self.bad_groups: set[str] = set()
+        self.composed: list[tuple[list[str], dict[str, Any]]] = []
 
     def check(self, kind: Kind, overrides: list[str], multirun: bool) -> list[Problem]:
         """All problems of these overrides, each told once."""
@@ -248,6 +267,7 @@ class _Checker:
             reason = " ".join(str(error.__cause__ or error).split("\n")[0].split())
             rule = f"can't be composed ({reason})"
             return [Problem("overrides", " ".join(overrides), rule, "see --cfg job for the keys")]
+        self.composed.append((overrides, composed))
         problems = find_problems(kind, composed)
         if not self.bad_groups:
             return problems

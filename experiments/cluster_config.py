@@ -17,6 +17,7 @@ from pydantic import (
     model_serializer,
 )
 
+from experiments.allocation import nodes_per_switch, plan_here, switches_here
 from experiments.join import ranks_here
 from experiments.split import MAX_SOCKET_THREADS, MAX_SOCKETS, socket_variables, split_emulation
 from moe.costs import AlphaBeta
@@ -80,6 +81,7 @@ class ClusterConfig(BaseModel):
     )
     rate_mbit: float | None = Field(default=None, gt=0, allow_inf_nan=False, examples=[500], description="netns only")
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    profile: bool = Field(default=False, description="measure the costs that null leaves open before a run starts")
     sockets_per_thread: int | None = Field(
         default=None, ge=1, le=MAX_SOCKETS, examples=[4], description="split only; null: NCCL's default"
     )
@@ -107,11 +109,18 @@ class ClusterConfig(BaseModel):
 
     @model_serializer(mode="wrap")
     def _as_if_unknown(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without collectives that nobody measured: such a cluster's runs keep the ids that they had before."""
+        """Without collectives that nobody measured, and without a profile that nobody wants: such a cluster's runs
+        keep the ids that they had before."""
         content: dict[str, Any] = handler(self)
-        if content.get("collectives", ...) is None:
-            del content["collectives"]
+        for key, unused in (("collectives", None), ("profile", False)):
+            if content.get(key, ...) is unused:
+                del content[key]
         return content
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether somebody declared or measured what it costs."""
+        return self.local_copy is not None or any(level.beta_s_per_byte is not None for level in self.levels or [])
 
     @property
     def world_size(self) -> int:
@@ -125,21 +134,32 @@ class ClusterConfig(BaseModel):
 
 
 def derived_levels() -> list[LevelConfig]:
-    """Levels where the config declares none: the launched ranks as nodes on a network, else a rank for every GPU."""
+    """Levels where the config declares none: the launched ranks as nodes on a network, else a rank for every GPU.
+
+    Nodes of one leaf switch of Slurm's topology are a level of their own where `nodes_per_switch` says so.
+    """
     here = ranks_here(os.environ)
     if here is None:
-        return [LevelConfig(name="node", fanout=max(1, torch.cuda.device_count()))]
+        num_ranks = 1 if plan_here(os.environ) else max(1, torch.cuda.device_count())
+        return [LevelConfig(name="node", fanout=num_ranks)]
     levels = [LevelConfig(name="node", fanout=here.local_world_size)]
+    switches, outermost = switches_here(os.environ), here.num_nodes
+    if (size := nodes_per_switch(switches)) is not None and len(switches) == here.num_nodes:
+        levels.append(LevelConfig(name="switch", fanout=size))
+        outermost //= size
     if here.num_nodes > 1:
-        levels.append(LevelConfig(name="network", fanout=here.num_nodes))
+        levels.append(LevelConfig(name="network", fanout=outermost))
     return levels
 
 
 def gpus_suffice(num_ranks: int) -> bool:
     """Whether every rank that this machine must hold can have a GPU of its own.
 
-    Under torchrun or srun, which may show a process only its own GPU, one visible GPU is enough.
+    Under torchrun or srun, which may show a process only its own GPU, one visible GPU is enough. A planned job has the
+    GPUs that it asks for.
     """
+    if (plan := plan_here(os.environ)) is not None:
+        return plan.device == "cuda" and num_ranks <= plan.num_nodes * plan.ranks_per_node
     needed = num_ranks if ranks_here(os.environ) is None else 1
     return torch.cuda.is_available() and torch.cuda.device_count() >= needed
 

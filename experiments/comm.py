@@ -17,45 +17,32 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
 import yaml
 
 from experiments.bench_run import BenchRun
 from experiments.cli import hydra_main
 from experiments.comm_bench import CommRow
-from experiments.comm_fits import CollectiveFit, collective_fits, level_costs, medians
+from experiments.comm_fits import CollectiveFit, collective_fits, level_costs, medians, rounded_cost
 from experiments.config import COSMETIC, ClusterConfig, CommRunConfig, cluster_from
 from experiments.launch import is_main_process
-from experiments.results import atomic_write, write_table
-from experiments.samples import footer_of
+from experiments.measured_cluster import measure, read_rows, timings_of
+from experiments.results import atomic_write
 from experiments.split import SPLIT_KEYS
 from moe.costs import AlphaBeta, slowest_pair_s
 from moe.errors import ConfigError, Problem
 from moe.topology import Cluster
 
-COLLECTIVE_TIMEOUT_S = 600.0
 LOW_R2 = 0.8
-DIGITS = 5
-"""Significant digits of what is written: far more than a measurement has."""
 
 
 @hydra_main("comm")
 def main(config: CommRunConfig, overrides: list[str]) -> None:
     """Measure unless that is done already, write the cluster's files, print the tables."""
     run = BenchRun(config, overrides)
-    table = run.dir.path / "comm.parquet"
-    _check_target(config, run, table)
-    if run.must_run(config.force or not table.exists()):
-        rows = run.launch("experiments.comm_bench:measure", {}, timeout_s=COLLECTIVE_TIMEOUT_S)
-        if is_main_process():
-            cluster = cluster_from(config.cluster)
-            fits = collective_fits([CommRow(*row) for row in rows], cluster)
-            told = [fit.told() for fit in fits]
-            footer = footer_of("measured", cluster, run_id=run.dir.path.name, collectives=told)
-            write_table(table, CommRow, rows, footer)
-            run.dir.set_status("done")
+    _check_target(config, run, timings_of(run))
+    rows = measure(config, overrides)
     if is_main_process():
-        _report(config, run, read_rows(table))
+        _report(config, run, rows)
 
 
 def _report(config: CommRunConfig, run: BenchRun, rows: list[CommRow]) -> None:
@@ -73,11 +60,6 @@ def _report(config: CommRunConfig, run: BenchRun, rows: list[CommRow]) -> None:
     print(format_check(rows, costs), end="")
     print(format_collectives(cluster, fits), end="")
     print(f"results: {', '.join(str(path) for path in (run.dir.path, *(path for path, _ in written[1:])))}", flush=True)
-
-
-def read_rows(table: Path) -> list[CommRow]:
-    """The timings that a run wrote."""
-    return [CommRow(**row) for row in pq.read_table(table, columns=list(CommRow._fields)).to_pylist()]
 
 
 def format_costs(cluster: Cluster, costs: dict[str, AlphaBeta]) -> str:
@@ -153,9 +135,10 @@ def cluster_yaml(
         run: says in the header when, by which command and on what it was measured.
         fits: of its collectives, all or none.
     """
-    content = {**cluster.model_dump(mode="json"), "name": name, "local_copy": _numbers(costs["self"])}
-    content["levels"] = [{**level, **_numbers(costs.get(level["name"]))} for level in content["levels"]]
-    content.pop("collectives", None)  # of an earlier measurement
+    content = {**cluster.model_dump(mode="json"), "name": name, "local_copy": rounded_cost(costs["self"])}
+    content["levels"] = [{**level, **rounded_cost(costs.get(level["name"]))} for level in content["levels"]]
+    for key in ("collectives", "profile"):  # of an earlier measurement, and that it was one
+        content.pop(key, None)
     if cluster.launch != "split":
         content = {key: value for key, value in content.items() if key not in SPLIT_KEYS}
     lines = _header(run)
@@ -176,11 +159,11 @@ def _collective_lines(fits: Sequence[CollectiveFit]) -> list[str]:
         return []
     (_, standard), *others = fits
     lines = ["collectives:  # even all-to-alls by the bytes that a rank sends in all"]
-    lines.append(f"  standard: {_flow(_numbers(standard))}{_r2(standard)}")
+    lines.append(f"  standard: {_flow(rounded_cost(standard))}{_r2(standard)}")
     for pattern in ("inter", "intra"):
         own = [(collective, cost) for collective, cost in others if collective.pattern == pattern]
         lines.append(f"  {pattern}:" + " []" * (not own))
-        lines += [f"    - {_flow(_numbers(cost))}{_r2(cost)}, level {collective.level}" for collective, cost in own]
+        lines += [f"    - {_flow(rounded_cost(cost))}{_r2(cost)}, level {collective.level}" for collective, cost in own]
     return lines
 
 
@@ -195,13 +178,6 @@ def _header(run: BenchRun) -> list[str]:
         f"# Rank 0's machine: {', '.join(machine)}; torch {manifest['versions']['torch']}",
         "# Costs of one message while all pairs of its level exchange at once, both ways, so contention is in beta.",
     ]
-
-
-def _numbers(cost: AlphaBeta | None) -> dict[str, float | None]:
-    if cost is None:
-        return {"alpha_s": None, "beta_s_per_byte": None}
-    rounded = [float(f"{value:.{DIGITS}g}") for value in (cost.alpha_s, cost.beta_s_per_byte)]
-    return {"alpha_s": rounded[0], "beta_s_per_byte": rounded[1]}
 
 
 def _flow(mapping: dict[str, Any]) -> str:

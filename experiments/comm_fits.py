@@ -10,6 +10,17 @@ from experiments.comm_bench import Collective, CommRow, collectives_to_measure
 from moe.costs import AlphaBeta, fit_alpha_beta
 from moe.topology import Cluster
 
+DIGITS = 5
+"""Significant digits of what is written: far more than a measurement has."""
+
+
+def rounded_cost(cost: AlphaBeta | None) -> dict[str, float | None]:
+    """A cost as conf/cluster holds it; None, of a level that was not measured, is null."""
+    if cost is None:
+        return {"alpha_s": None, "beta_s_per_byte": None}
+    rounded = [float(f"{value:.{DIGITS}g}") for value in (cost.alpha_s, cost.beta_s_per_byte)]
+    return {"alpha_s": rounded[0], "beta_s_per_byte": rounded[1]}
+
 
 class CollectiveFit(NamedTuple):
     """A collective and its cost by the bytes that a rank sends in all."""

@@ -19,12 +19,14 @@ from experiments.cli import hydra_main
 from experiments.config import CompareConfig
 from experiments.join import ranks_here
 from experiments.launch import RankFailure, is_main_process
+from experiments.measured_cluster import with_costs
 from moe.errors import SuiteError
 
 
 @hydra_main("compare")
 def main(config: CompareConfig, overrides: list[str]) -> None:
     """Train, time, write, print. What fails is a row of the table, and the exit code is 1 then."""
+    config = with_costs(config, overrides)
     runs = config.runs()
     announce_and_check(runs)
     stale = [run for run in runs if not is_current(run)]

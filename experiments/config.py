@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
+from math import prod
 from typing import Any, cast
 
 from pydantic import BaseModel, ValidationError
@@ -133,6 +134,7 @@ def run_id(config: AnyConfig) -> str:
     `flat-tiny-s0-1a2b3c4d5e` for a training run, else the entry point's name and the hash.
     """
     content = config.model_dump(mode="json")
+    content["cluster"] = _declared(content["cluster"])
     for key in COSMETIC:
         group, _, name = key.rpartition(".")
         (content.get(group, {}) if group else content).pop(name, None)
@@ -142,6 +144,18 @@ def run_id(config: AnyConfig) -> str:
         return f"{config.system.name}-{config.model.name}-s{config.seed}-{digest}"
     kind = next(kind for kind, schema in SCHEMAS.items() if isinstance(config, schema))
     return f"{kind}-{config.cluster.name}-{digest}"
+
+
+def _declared(cluster: dict[str, Any]) -> dict[str, Any]:
+    """A cluster without what a profile measures or Slurm's topology adds: those are facts of the nodes that a job got,
+    as their clock rates are, and another allocation of the same shape goes on with the same run."""
+    if not cluster.get("profile"):
+        return cluster
+    size, *outer = (level["fanout"] for level in cluster["levels"])
+    fanouts = {"node": size, **({"network": prod(outer)} if outer else {})}
+    levels = [LevelConfig(name=name, fanout=fanout).model_dump(mode="json") for name, fanout in fanouts.items()]
+    unmeasured = {key: value for key, value in cluster.items() if key not in ("profile", "collectives")}
+    return {**unmeasured, "levels": levels, "local_copy": None}
 
 
 def _position(name: str, order: list[str]) -> int:

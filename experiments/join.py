@@ -1,4 +1,4 @@
-"""Which rank this very process is, when torchrun or srun started it."""
+"""Which rank this very process is, when torchrun or srun started it, or a job is planned that srun will start."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from experiments.allocation import interface_towards, plan_here
 from moe.errors import ConfigError, Problem
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ class RanksHere:
     """The ranks that were started for us, and which of them we are.
 
     Args:
-        starter: `torchrun` or `srun`.
+        starter: `torchrun` or `srun`; `the plan` inside `experiments.allocation.planned`.
         rank, world_size, local_rank, local_world_size, node_rank: as in `experiments.ranks.RankInfo`.
         num_nodes: nodes that hold ranks.
         master_address, master_port: where rank 0 serves the store.
@@ -55,8 +56,13 @@ class RanksHere:
 def ranks_here(env: Mapping[str, str]) -> RanksHere | None:
     """The ranks that torchrun (RANK and WORLD_SIZE) or srun (a job step of several tasks) started, else None.
 
-    A batch script that Slurm runs without srun is a plain start: it is one process, whatever SLURM_NTASKS says.
+    A batch script that Slurm runs without srun is a plain start: it is one process, whatever SLURM_NTASKS says. So is
+    one that srun starts alone, in a plan, too.
     """
+    if (plan := plan_here(env)) is not None:
+        size = plan.ranks_per_node
+        num_ranks = plan.num_nodes * size
+        return RanksHere("the plan", 0, num_ranks, 0, size, 0, plan.num_nodes, "", "") if num_ranks > 1 else None
     if "RANK" in env and "WORLD_SIZE" in env:
         return _from_torchrun(env)
     if "SLURM_STEP_ID" in env and "SLURM_PROCID" in env and _num_tasks(env) > 1:
@@ -116,6 +122,21 @@ def _first_host(env: Mapping[str, str]) -> str:
         if launch_node is None or _resolves(host):
             return host
     return launch_node or "127.0.0.1"
+
+
+def network_variables(here: RanksHere, env: Mapping[str, str]) -> dict[str, str]:
+    """The interface that leads to the other nodes of a job step, for gloo and NCCL; nothing where the user says it.
+
+    Left to themselves, gloo takes what the machine's own name resolves to, often loopback, and NCCL the first
+    interface that it finds, which may be one that only containers use.
+    """
+    node_list = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST")
+    if here.starter != "srun" or here.num_nodes == 1 or not node_list:
+        return {}
+    others = [host for node, host in enumerate(hostnames(node_list)) if node != here.node_rank]
+    interface = interface_towards(others[0]) if others else None
+    found = {} if interface is None else {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": f"={interface}"}
+    return {name: value for name, value in found.items() if name not in env}
 
 
 def _resolves(host: str) -> bool:

@@ -38,6 +38,7 @@ from experiments.ranks import (
     abandon,
     read_result,
     run_rank,
+    stop_file_in,
     write_result,
 )
 from experiments.split import split_variables
@@ -120,7 +121,7 @@ def run_ranks(
     logs.mkdir(parents=True, exist_ok=True)
     _remove_traces(logs, range(num_ranks))
     with ExitStack() as stack:
-        stop = stack.enter_context(StopRequest(logs / STOP_FILE))
+        stop = stack.enter_context(StopRequest(stop_file_in(logs)))
         nodes = None
         if launch == "netns":
             nodes = stack.enter_context(shaped_nodes(num_ranks // ranks_per_node, rate_mbit))
@@ -156,11 +157,11 @@ def _outcome(job: Job, reports: list[Report], stop: StopRequest) -> Any:
     if reports:
         cause = root_cause(reports)
         if stop.requested and cause.kind in ("timeout", "lost_peer", "interrupted"):
-            raise RankFailure("interrupted", None, f"stopped by {stop.received[0]}; while ending, {cause.reason}")
+            raise RankFailure("interrupted", None, f"stopped by {stop.by}; while ending, {cause.reason}")
         raise error_of(cause, logs, job.timeout_s)
     value = read_result(logs)
     if stop.requested and value is None:
-        raise RankFailure("interrupted", None, f"stopped by {stop.received[0]}")
+        raise RankFailure("interrupted", None, f"stopped by {stop.by}")
     return value
 
 
@@ -191,7 +192,7 @@ def _join(
         raise ConfigError(Problem("cluster.launch", launch, rule, "use cluster=auto, or start all ranks on one host"))
     join.check_size(here, num_ranks, ranks_per_node)
     split = split_variables(here.rank // ranks_per_node) if launch == "split" else {}
-    os.environ.update({**here.variables(), **split, **env})
+    os.environ.update({**here.variables(), **join.network_variables(here, os.environ), **split, **env})
     logs = Path(job.log_dir)
     logs.mkdir(parents=True, exist_ok=True)
     # All ranks meet before the function starts, and by then the traces are gone.
@@ -200,7 +201,7 @@ def _join(
         _remove_traces(logs, range(0))
     # SIGUSR1 is what `sbatch --signal=USR1@90` sends; left alone where somebody else already listens to it.
     extra = (signal.SIGUSR1,) if signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL else ()
-    with StopRequest(logs / STOP_FILE, STOP_SIGNALS + extra, at_once=_interrupt, announce=here.rank == 0) as stop:
+    with StopRequest(stop_file_in(logs), STOP_SIGNALS + extra, at_once=_interrupt, announce=here.rank == 0) as stop:
         try:
             value = run_rank(
                 job,

@@ -12,6 +12,7 @@ from experiments.bench_run import BenchRun
 from experiments.cli import hydra_main
 from experiments.config import LayerRunConfig
 from experiments.launch import is_main_process
+from experiments.measured_cluster import with_costs
 from moe.errors import SuiteError
 
 COLLECTIVE_TIMEOUT_S = 600.0
@@ -21,6 +22,7 @@ COLLECTIVE_TIMEOUT_S = 600.0
 @hydra_main("layer")
 def main(config: LayerRunConfig, overrides: list[str]) -> None:
     """Measure, write, print the table."""
+    config = with_costs(config, overrides)
     run = BenchRun(config, overrides)
     if run.must_run(config.force):
         rows = run.launch("experiments.layer_bench:measure", {}, timeout_s=COLLECTIVE_TIMEOUT_S)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import importlib
 import json
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -20,6 +21,11 @@ if TYPE_CHECKING:
 
 DeviceKind = Literal["cpu", "cuda"]
 STOP_FILE = "stop_requested"
+JOB_STOP_FILE = "MOE_SUITE_STOP_FILE"
+"""Environment: a file that whoever started all ranks makes to stop them, in place of STOP_FILE in the log folder."""
+GIVEN_UP = "MOE_SUITE_GIVEN_UP"
+"""Environment of joined ranks: ids of runs that failed in this job already. Joined ranks can't outlive a failure, so
+the job starts them again; these runs are passed over then, and count as failed."""
 RESULT_FILE = "result.json"
 # Ranks may start far apart (imports on a cold disk, a busy node), so meeting each other has a limit of its own.
 RENDEZVOUS_TIMEOUT_S = 300.0
@@ -84,6 +90,11 @@ class Job:
         return cls(**json.loads(path.read_text()))
 
 
+def stop_file_in(log_dir: Path) -> Path:
+    """What `RankInfo.stop_requested` looks for."""
+    return Path(os.environ.get(JOB_STOP_FILE) or log_dir / STOP_FILE)
+
+
 def resolve(target: str) -> Callable[[dict[str, Any], RankInfo], Any]:
     """The function named by `package.module:function`; raises ImportError or AttributeError."""
     module, _, name = target.partition(":")
@@ -121,7 +132,7 @@ def run_rank(
 
         # Backward on the thread that calls it: to hand a step to another and back can take longer than its launches.
         torch.autograd.set_multithreading_enabled(False)
-    info = RankInfo(rank, world_size, local_rank, local_world_size, node_rank, device, Path(job.log_dir) / STOP_FILE)
+    info = RankInfo(rank, world_size, local_rank, local_world_size, node_rank, device, stop_file_in(Path(job.log_dir)))
     with _process_group(info, meet(), job.timeout_s, keep_group):
         return function(job.payload, info)
 

@@ -202,6 +202,11 @@ class RunDir:
         return self.path / "checkpoints"
 
     @property
+    def measurements(self) -> Path:
+        """Folder of what the run measured of its cluster before it started; outside its own, which may start anew."""
+        return self.path.parent / "clusters" / self.path.name
+
+    @property
     def metrics_path(self) -> Path:
         """The long table of metrics."""
         return self.path / "metrics.parquet"

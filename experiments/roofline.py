@@ -105,7 +105,8 @@ def write(folder: Path, flops_per_s: float) -> list[str]:
         raise ResultsError(" ".join(["No system has a point.", *notes]))
     table = pd.DataFrame(roofline_rows(points, flops_per_s))
     write_text(folder / "roofline.csv", table.to_csv(index=False))
-    write_roofline(folder / "roofline.csv", f"{where(comparison)} First seed; peak {flops_per_s:.3g} FLOP/s a rank.")
+    told = f"{where(comparison)} First seed; peak {flops_per_s:.3g} FLOP/s a rank."
+    write_roofline(folder / "roofline.csv", told, labels={name: comparison.label(name) for name in comparison.systems})
     return notes
 
 

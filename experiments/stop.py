@@ -42,8 +42,13 @@ class StopRequest:
 
     @property
     def requested(self) -> bool:
-        """Whether at least one signal came."""
-        return len(self.received) > 0
+        """Whether at least one signal came, here or to whoever else makes the stop file."""
+        return len(self.received) > 0 or self._stop_file.exists()
+
+    @property
+    def by(self) -> str:
+        """Who asked, for messages."""
+        return self.received[0] if self.received else "the job that started the ranks"
 
     @property
     def urgent(self) -> bool:

@@ -10,11 +10,13 @@ from experiments.cells import announce_and_check, run_cells, run_dir_of
 from experiments.cli import hydra_main
 from experiments.config import RunConfig
 from experiments.launch import is_main_process
+from experiments.measured_cluster import with_costs
 
 
 @hydra_main("train")
 def main(config: RunConfig, overrides: list[str]) -> None:
     """Say what will be trained, train it, say where the results are."""
+    config = with_costs(config, overrides)
     announce_and_check([config])
     failures = run_cells([config], overrides)
     if failures:

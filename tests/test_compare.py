@@ -15,6 +15,7 @@ import pandas as pd
 import pytest
 
 import analysis.compare
+from analysis.summary import STEP_PARTS
 from experiments import bench_run, cells, compare, compare_bench, registry
 from experiments.failures import RankFailure
 from experiments.results import RunDir
@@ -108,6 +109,11 @@ def test_two_ranks_from_the_command_line_to_the_figures(
         assert has_number(summary, "flat", metric), metric
     stages = summary.loc[summary["metric"].str.startswith("stage_time/") & (summary["system"] == "flat"), "metric"]
     assert len(stages) == 8
+    parts = summary[summary["metric"].str.startswith("part_time/") & (summary["system"] == "flat")]
+    done = set(parts.loc[parts["value"] > 0, "metric"])
+    assert len(parts) == len(STEP_PARTS) and done == {
+        f"part_time/{part}" for part in ("optimizer", "dense_gradients", "expert_gradients")
+    }
     errors = summary.loc[summary["metric"].str.startswith("relative_error/") & (summary["system"] == "flat"), "value"]
     assert len(errors) == 4
     assert errors.max() <= 1e-5
