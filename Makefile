@@ -11,7 +11,7 @@ STAMP := $(VENV)/ready-$(TORCH)
 SOURCES := $(wildcard moe baselines methods experiments analysis slurm tests)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv compare test test-gpu lint format lock clean
+.PHONY: help venv compare figures test test-gpu test-slurm lint format lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -25,11 +25,18 @@ venv: $(STAMP) ## build .venv from the lock (TORCH=cpu or TORCH=cuda, PYTHON=pyt
 compare: $(STAMP) ## compare the systems on this machine: table and figures in outputs/compare
 	$(VENV)/bin/python -m experiments.compare $(ARGS)
 
+figures: $(STAMP) ## make the papers' figures and tables again from results/ and outputs/, into outputs/figures
+	$(VENV)/bin/python -m analysis.figures $(ARGS)
+
 test: $(STAMP) ## run the whole test suite
 	$(VENV)/bin/python -m pytest -q $(ARGS)
 
 test-gpu: $(STAMP) ## run the tests that need GPUs, on all GPUs of this machine
 	$(VENV)/bin/python -m pytest -q tests/gpu tests/test_kernels.py $(ARGS)
+
+test-slurm: $(STAMP) ## run the tests that need Slurm, on a private one in network namespaces (root; Debian's packages)
+	bash tests/slurm/install.sh
+	$(VENV)/bin/python -m pytest -q tests/slurm $(ARGS)
 
 lint: $(STAMP) ## ruff and mypy, all of them even if one complains
 	@failed=; for tool in "ruff check" "ruff format --check"; do \

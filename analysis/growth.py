@@ -43,11 +43,12 @@ Sizes = Mapping[str, Mapping[str, Any]]
 """Of every shape by name: tokens_per_rank, model_dim, hidden_dim, num_experts, top_k, activation."""
 
 
-def write_growth(folder: Path) -> pd.DataFrame:
-    """Write growth.csv and growth.{png,pdf} into the folder of a layer benchmark.
+def write_growth(folder: Path, out_dir: Path | None = None) -> pd.DataFrame:
+    """Write growth.csv and growth.{png,pdf} of a layer benchmark.
 
     Args:
         folder: holds samples.parquet, and manifest.json for the caption; a published one does.
+        out_dir: where to write; None for that folder.
 
     Returns:
         The rows of growth.csv: per axis, system and point the median time of one forward and backward and of the floor
@@ -70,11 +71,18 @@ def write_growth(folder: Path) -> pd.DataFrame:
             "Fix: measure `python -m experiments.layer experiment=native_layer_growth`."
         )
     growth = pd.DataFrame(list(_rows(samples, sizes, series)), columns=COLUMNS)
-    write_text(folder / "growth.csv", growth.to_csv(index=False))
+    out_dir = out_dir or folder
+    write_text(out_dir / "growth.csv", growth.to_csv(index=False))
     kind = str(samples.metadata.get("kind", "measured"))
     with suite_style():
-        save(growth_figure(growth, kind, STEP, f"On {machine_of(folder)}."), folder / "growth")
+        save(growth_figure(growth, _labels(samples), kind, STEP, f"On {machine_of(folder)}."), out_dir / "growth")
     return growth
+
+
+def _labels(samples: Samples) -> dict[str, str]:
+    """Legend text of every system, such as `flat (native)`."""
+    both = samples.table[["system", "implementation"]].drop_duplicates()
+    return {system: f"{system} ({implementation})" for system, implementation in both.itertuples(index=False)}
 
 
 def series_of(sizes: Sizes) -> dict[str, list[str]]:

@@ -25,12 +25,13 @@ from analysis.plots.hiermoe import collectives_figure, duplication_figure, speed
 from analysis.style import save, suite_style
 
 
-def write_figures(folder: Path, comm: Path | None = None) -> tuple[str, list[str]]:
-    """Draw the tables of a folder into it.
+def write_figures(folder: Path, comm: Path | None = None, out_dir: Path | None = None) -> tuple[str, list[str]]:
+    """Draw the tables of a folder.
 
     Args:
         folder: holds tables.csv.
         comm: folder of `experiments.comm` whose fitted collectives stand beside figure 9's; None: the paper's alone.
+        out_dir: where to write; None for that folder.
 
     Returns:
         The tables as text, and the names of the figures.
@@ -41,16 +42,16 @@ def write_figures(folder: Path, comm: Path | None = None) -> tuple[str, list[str
     table = read_tables(folder / "tables.csv")
     lines, where = measured_lines(comm) if comm is not None else ([], "")
     duplication, speedups, paper = duplication_rows(table), speedup_rows(table), paper_lines(table)
-    drawn = []
+    out_dir, drawn = out_dir or folder, []
     with suite_style():
         if len(duplication):
-            save(duplication_figure(duplication), folder / "table_ii")
+            save(duplication_figure(duplication), out_dir / "table_ii")
             drawn.append("table_ii")
         if len(speedups):
-            save(speedup_figure(speedups), folder / "table_iv")
+            save(speedup_figure(speedups), out_dir / "table_iv")
             drawn.append("table_iv")
         if paper or lines:
-            save(collectives_figure(paper, lines, where), folder / "figure_9")
+            save(collectives_figure(paper, lines, where), out_dir / "figure_9")
             drawn.append("figure_9")
     return format_tables(table), drawn
 

@@ -27,13 +27,14 @@ COLUMNS = [
 _LABEL = re.compile(r"HD?(\d+)\b")
 
 
-def write_levels(folder: Path) -> pd.DataFrame:
-    """Write levels.csv and levels.{png,pdf} into the folder of a layer benchmark.
+def write_levels(folder: Path, out_dir: Path | None = None) -> pd.DataFrame:
+    """Write levels.csv and levels.{png,pdf} of a layer benchmark.
 
     Args:
         folder: holds samples.parquet, whose systems tell the modelled seconds of a dispatch (`modelled_dispatch`, of
             which `part` is the number of levels); config.yaml says over how many a system went, where there is none a
             label such as HD2, else the least modelled time.
+        out_dir: where to write; None for that folder.
 
     Returns:
         The rows of levels.csv, by shape and system: modelled and measured seconds of a dispatch, the latter's 95 %
@@ -55,9 +56,10 @@ def write_levels(folder: Path) -> pd.DataFrame:
     groups = table.groupby(["shape", "workload"], sort=False)
     for name in ("modelled", "measured"):
         table[f"{name}_best"] = table[f"{name}_s"] == groups[f"{name}_s"].transform("min")
-    write_text(folder / "levels.csv", table.to_csv(index=False))
+    out_dir = out_dir or folder
+    write_text(out_dir / "levels.csv", table.to_csv(index=False))
     with suite_style():
-        save(levels_figure(table, f"On {machine_of(folder)}."), folder / "levels")
+        save(levels_figure(table, f"On {machine_of(folder)}."), out_dir / "levels")
     return table
 
 

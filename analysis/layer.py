@@ -26,13 +26,13 @@ COLUMNS = ["shape", "workload", "system", "implementation", "metric", "value", "
 FIGURE = "stages"
 
 
-def write_layer(folder: Path, baseline: str) -> pd.DataFrame:
-    """Write summary.csv, summary.md, stages.{png,pdf} and, if kernels were profiled, kernels.csv into the folder of a
-    layer benchmark.
+def write_layer(folder: Path, baseline: str, out_dir: Path | None = None) -> pd.DataFrame:
+    """Write summary.csv, summary.md, stages.{png,pdf} and, if kernels were profiled, kernels.csv of a layer benchmark.
 
     Args:
         folder: holds samples.parquet.
         baseline: the system that ratios refer to.
+        out_dir: where to write; None for that folder.
 
     Returns:
         The rows of summary.csv: per shape and system step_time, step_time_ratio (time of the baseline over the system's
@@ -43,19 +43,33 @@ def write_layer(folder: Path, baseline: str) -> pd.DataFrame:
         is none.
 
     Raises:
-        ResultsError: no samples, or a cell that stands there twice.
+        ResultsError: no samples, a cell that stands there twice, or a time that is no number.
     """
     samples = load_samples(folder)
     if samples.status != "done":
         raise ResultsError(f"{folder}: {samples.reason}. Fix: run `python -m experiments.layer` first.")
+    refuse_bad_times(samples)
     summary = pd.DataFrame(list(_rows(samples, baseline)), columns=COLUMNS)
-    write_text(folder / "summary.csv", summary.to_csv(index=False))
+    out_dir = out_dir or folder
+    write_text(out_dir / "summary.csv", summary.to_csv(index=False))
     where = _where(samples)
-    write_text(folder / "summary.md", f"# One MoE layer\n\n{where}\n\n{people_table(summary).to_markdown_text()}")
-    write_kernels(folder, samples)
+    write_text(out_dir / "summary.md", f"# One MoE layer\n\n{where}\n\n{people_table(summary).to_markdown_text()}")
+    write_kernels(out_dir, samples)
     with suite_style():
-        save(stages_figure(samples, summary, where), folder / FIGURE)
+        save(stages_figure(samples, summary, where), out_dir / FIGURE)
     return summary
+
+
+def refuse_bad_times(samples: Samples) -> None:
+    """Raise `ResultsError` where a time is no number."""
+    times = samples.table[samples.table["metric"].isin(["step_time", "stage_time", "floor_time"])]
+    bad = times[~np.isfinite(times["value"])]
+    if len(bad):
+        cell = bad.iloc[0]
+        raise ResultsError(
+            f"{samples.path}: {cell['metric']} of {cell['system']} under {cell['shape']}, round {cell['round']}, is "
+            f"{cell['value']}. Fix: measure again into an empty folder."
+        )
 
 
 def _where(samples: Samples) -> str:
@@ -69,7 +83,7 @@ def _rows(samples: Samples, baseline: str) -> Iterator[dict[str, Any]]:
     table = samples.table
     for (shape, workload), cells in table.groupby(["shape", "workload"], sort=False):
         of_baseline = cells[cells["system"] == baseline]
-        base, base_communication = _values(of_baseline, "step_time"), _communication(of_baseline)
+        base, base_communication = _values(of_baseline, "step_time"), communication_s(of_baseline)
         for (system, implementation), own in cells.groupby(["system", "implementation"], sort=False):
             key = {"shape": shape, "workload": workload, "system": system, "implementation": implementation}
             yield from ({**key, **row, "status": "ok"} for row in _system_rows(own, base, base_communication))
@@ -83,12 +97,12 @@ def _values(cells: pd.DataFrame, metric: str) -> np.ndarray:
     return cells[cells["metric"] == metric].sort_values("round")["value"].to_numpy()
 
 
-def _communication(cells: pd.DataFrame) -> np.ndarray:
+def communication_s(cells: pd.DataFrame) -> np.ndarray:
     """[rounds] seconds of gate, dispatch and combine, forward and backward: all but the experts. With the gate, since
     in some systems it also sorts the rows that others sort in dispatch."""
     stages = [f"{direction}/{stage}" for direction in DIRECTIONS for stage in STAGES if stage != "experts"]
     found = cells[(cells["metric"] == "stage_time") & cells["part"].isin(stages)]
-    return found.groupby("round")["value"].sum().to_numpy()
+    return found.pivot(index="round", columns="part", values="value").sum(axis=1, skipna=False).to_numpy()
 
 
 def _system_rows(own: pd.DataFrame, base: np.ndarray, base_communication: np.ndarray) -> Iterator[dict[str, Any]]:
@@ -105,7 +119,7 @@ def _system_rows(own: pd.DataFrame, base: np.ndarray, base_communication: np.nda
         yield row("floor_ratio", bootstrap_ratio(floor, times), "1")
     yield row("tokens_per_s", bootstrap_median(_values(own, "tokens")[0] / times), "tokens/s")
     stage_times = own[own["metric"] == "stage_time"]
-    communication = _communication(own)
+    communication = communication_s(own)
     yield row("communication_time", bootstrap_median(communication), "s")
     if len(base_communication):
         yield row("communication_ratio", bootstrap_ratio(base_communication, communication), "1")

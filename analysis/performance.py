@@ -89,7 +89,7 @@ def _rows(samples: Samples, workload: str) -> Iterator[str]:
     speeds: list[tuple[np.ndarray, np.ndarray]] = []
     shapes = _shapes(samples, workload)
     for shape in shapes:
-        cells = _cells(samples, shape, workload)
+        cells = cells_of(samples, shape, workload)
         upstream = [cell for cell in cells if cell.implementation == "upstream"]
         ours = next((cell for cell in cells if cell.system == OURS), None)
         best = min(upstream, key=lambda cell: np.median(cell.times), default=None)
@@ -134,7 +134,8 @@ def _shapes(samples: Samples, workload: str) -> list[str]:
     return [*(shape for shape in declared if shape in found), *(shape for shape in found if shape not in declared)]
 
 
-def _cells(samples: Samples, shape: str, workload: str) -> list[Cell]:
+def cells_of(samples: Samples, shape: str, workload: str) -> list[Cell]:
+    """The systems that have a time under one shape and workload."""
     table = samples.table
     own = table[(table["shape"] == shape) & (table["workload"] == workload)].sort_values("round")
     cells = []

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,19 +18,23 @@ from analysis.plots.roofline import COLUMNS, roofline_figure
 from analysis.style import save, suite_style
 
 
-def write_roofline(table_path: Path, where: str = "") -> None:
+def write_roofline(
+    table_path: Path, where: str = "", out_dir: Path | None = None, labels: Mapping[str, str] | None = None
+) -> None:
     """Draw the table as files of its name with .png and .pdf.
 
     Args:
         table_path: a CSV with the columns of `roofline_figure`.
         where: sentence on the hardware, for the caption.
+        out_dir: where to write; None for the table's folder.
+        labels: legend text of the systems, such as `flat (native)`; None: their names.
 
     Raises:
         ResultsError: no such file, a missing column, or a row that can't be drawn.
     """
     table = read_roofline(table_path)
     with suite_style():
-        save(roofline_figure(table, where), table_path.with_suffix(""))
+        save(roofline_figure(table, where, labels), (out_dir or table_path.parent) / table_path.stem)
 
 
 def read_roofline(table_path: Path) -> pd.DataFrame:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy import stats
 
 CONFIDENCE = 0.95
 RESAMPLES = 2000
@@ -136,12 +137,15 @@ def worst(values: ArrayLike) -> Interval:
     return Interval(float(array.max()), float(array.min()), float(array.max()))
 
 
-def bootstrap_mean_ratio(pairs: Sequence[tuple[ArrayLike, ArrayLike]]) -> Interval:
+def bootstrap_mean_ratio(
+    pairs: Sequence[tuple[ArrayLike, ArrayLike]], strata: Sequence[Sequence[Hashable]] | None = None
+) -> Interval:
     """Geometric mean of several ratios of medians, with its 95 % bootstrap interval.
 
     Args:
         pairs: (numerator, denominator) of each ratio, [n] values each, paired as in `bootstrap_ratio`; what was
             measured apart, such as another shape, is resampled apart.
+        strata: for each ratio [n] labels, such as the seeds, within which its pairs are drawn.
 
     Raises:
         ValueError: no pairs, or as `bootstrap_ratio`.
@@ -150,11 +154,103 @@ def bootstrap_mean_ratio(pairs: Sequence[tuple[ArrayLike, ArrayLike]]) -> Interv
         raise ValueError("a mean needs at least one ratio")
     ratios = [bootstrap_ratio(*pair).value for pair in pairs]
     sides = [(_checked(top), _checked(bottom)) for top, bottom in pairs]
-    strata = [index for index, (top, _) in enumerate(sides) for _ in range(len(top))]
-    drawn = resampled_indices(len(strata), strata)
+    own_strata = strata if strata is not None else [[None] * len(top) for top, _ in sides]
+    labels = [(index, label) for index, own in enumerate(own_strata) for label in own]
+    drawn = resampled_indices(len(labels), labels)
     logs, start = np.zeros(len(drawn)), 0
     for top, bottom in sides:
         own = drawn[:, start : start + len(top)] - start
         logs += np.log(np.median(top[own], axis=1) / np.median(bottom[own], axis=1))
         start += len(top)
     return Interval(float(np.exp(np.mean(np.log(ratios)))), *_percentiles(np.exp(logs / len(sides))))
+
+
+def bootstrap_unpaired_ratio(
+    numerator: ArrayLike, denominator: ArrayLike, statistic: Callable[..., np.floating] = np.median
+) -> Interval:
+    """Ratio of two statistics of values that were measured apart, with its 95 % bootstrap interval: both are resampled
+    for themselves.
+
+    Args:
+        numerator, denominator: [n] and [m] values in the same unit; the denominator positive.
+        statistic: a numpy reduction that takes `axis`.
+
+    Raises:
+        ValueError: no values, one that is not finite, or a denominator that is not positive.
+    """
+    top, bottom = _checked(numerator), _checked(denominator)
+    if (bottom <= 0).any():
+        raise ValueError("a ratio's denominator must be positive")
+    drawn = resampled_indices(len(top) + len(bottom), [0] * len(top) + [1] * len(bottom))
+    both = np.concatenate([top, bottom])[drawn]
+    resampled = statistic(both[:, : len(top)], axis=1) / statistic(both[:, len(top) :], axis=1)
+    return Interval(float(statistic(top, axis=0) / statistic(bottom, axis=0)), *_percentiles(np.asarray(resampled)))
+
+
+def interquartile_mean(values: ArrayLike) -> float:
+    """Mean of the middle half of [n] values: less swayed by a busy machine than the mean, by chance than the median.
+
+    Raises:
+        ValueError: no values, or one that is not finite.
+    """
+    return float(stats.trim_mean(_checked(values), 0.25))
+
+
+def performance_profile(times: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """For each system the share of cases in which it is at most x times slower than the fastest (Dolan and More 2002).
+
+    Args:
+        times: [systems, cases] positive times; NaN or infinity where a system has none, which no x makes up for.
+
+    Returns:
+        x [n] ascending from 1, at every place where some share changes, and the shares [systems, n].
+
+    Raises:
+        ValueError: no case, or one without a time of any system.
+    """
+    finite = np.where(np.isfinite(times), times, np.inf)
+    best = finite.min(axis=0, initial=np.inf)
+    if not finite.size or not np.isfinite(best).all():
+        raise ValueError("a performance profile needs a time in every case")
+    slowdowns = finite / best
+    at = np.unique(np.append(slowdowns[np.isfinite(slowdowns)], 1.0))
+    return at, (slowdowns[:, :, None] <= at).mean(axis=1)
+
+
+class Reach(NamedTuple):
+    """Time to a target over several runs, some of which may have ended before.
+
+    Attributes:
+        median: the time by which half of the runs got there; infinite when more than half never did.
+        reached: how many did.
+        runs: how many there are.
+        waited: the longest time for which a run that never got there was watched; NaN when all got there.
+    """
+
+    median: float
+    reached: int
+    runs: int
+    waited: float
+
+
+def time_to_target(times: Sequence[float | None], budgets: Sequence[float]) -> Reach:
+    """Median time to a target by Kaplan and Meier's estimator: a run that ended before it got there says that it takes
+    longer than it ran, and is neither left out nor taken for its end.
+
+    Args:
+        times: of each run, None where it never got there.
+        budgets: how long each run was watched, in the same unit.
+
+    Raises:
+        ValueError: no runs, or lists of unlike length.
+    """
+    if not times or len(times) != len(budgets):
+        raise ValueError(f"a time to a target needs as many budgets as runs, not {len(budgets)} for {len(times)}")
+    there = [time for time in times if time is not None]
+    left = [budget for time, budget in zip(times, budgets, strict=True) if time is None]
+    waited = max(left, default=float("nan"))
+    if not there:
+        return Reach(float("inf"), 0, len(times), waited)
+    survival = stats.ecdf(stats.CensoredData(uncensored=there, right=left)).sf
+    half = survival.quantiles[survival.probabilities <= 0.5]
+    return Reach(float(half[0]) if len(half) else float("inf"), len(there), len(times), waited)

@@ -45,26 +45,28 @@ class TopologyReport:
     notes: list[str]
 
 
-def write_topology(folder: Path, baseline: str | None = None) -> TopologyReport:
-    """Write the figures and model.csv into the folder of a comparison.
+def write_topology(folder: Path, baseline: str | None = None, out_dir: Path | None = None) -> TopologyReport:
+    """Write the figures and model.csv of a comparison.
 
     Args:
         folder: holds compare.json.
         baseline: the system that ratios refer to; None for that of compare.json.
+        out_dir: where to write; None for that folder.
 
     Raises:
         ResultsError: no comparison there, runs that can't be compared, or a write that failed.
     """
+    out_dir = out_dir or folder
     run_dirs, samples_dir, indexed = read_index(folder)
     comparison = compare(run_dirs, samples_dir, baseline or indexed)
     routings, notes = load_routings(comparison)
     table = model_table(comparison, routings)
-    write_text(folder / "model.csv", table.to_csv(index=False))
+    write_text(out_dir / "model.csv", table.to_csv(index=False))
     with suite_style():
-        save(dispatch_figure(comparison, routings), folder / "dispatch")
-        save(locality_figure(comparison, routings), folder / "locality")
-        save(loss_time_figure(comparison), folder / "loss_time")
-        save(communication_figure(comparison), folder / "communication")
+        save(dispatch_figure(comparison, routings), out_dir / "dispatch")
+        save(locality_figure(comparison, routings), out_dir / "locality")
+        save(loss_time_figure(comparison), out_dir / "loss_time")
+        save(communication_figure(comparison), out_dir / "communication")
     return TopologyReport(table, format_model(table, comparison, told_steps(routings)), notes + comparison.notes)
 
 

@@ -207,3 +207,8 @@ def test_ranks_in_words(tmp_path: Path, cluster: dict[str, object], ranks: str) 
     declared = {"levels": [{"name": "node", "fanout": 2}, {"name": "network", "fanout": 2}]} | cluster
     (folder / "config.yaml").write_text(yaml.safe_dump({"cluster": declared}))
     assert load_run(folder).ranks == ranks
+
+
+def test_no_metric_at_all_can_be_asked_for(tmp_path: Path) -> None:
+    run = load_run(write_run(tmp_path, "flat", 0), metrics=())
+    assert (run.status, run.implementation, len(run.metrics)) == ("done", "native", 0)

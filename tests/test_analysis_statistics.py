@@ -6,12 +6,17 @@ import numpy as np
 import pytest
 
 from analysis.statistics import (
+    Reach,
     bootstrap_mean_ratio,
     bootstrap_median,
     bootstrap_ratio,
+    bootstrap_unpaired_ratio,
+    interquartile_mean,
     median,
     over_seeds,
+    performance_profile,
     resampled_indices,
+    time_to_target,
     worst,
 )
 
@@ -120,3 +125,46 @@ def test_a_ratio_refuses_unpaired_and_empty_denominators() -> None:
         bootstrap_ratio([1.0, 2.0], [1.0])
     with pytest.raises(ValueError, match="must be positive"):
         bootstrap_ratio([1.0, 2.0], [1.0, 0.0])
+
+
+def test_the_mean_of_one_ratio_is_that_ratio_also_within_strata() -> None:
+    numerator, denominator = noisy_pairs(2.0)
+    seeds = [0] * 20 + [1] * 20
+    assert bootstrap_mean_ratio([(numerator, denominator)], [seeds]) == pytest.approx(
+        bootstrap_ratio(numerator, denominator, seeds), rel=1e-12
+    )
+
+
+def test_what_was_measured_apart_is_resampled_apart() -> None:
+    numerator, denominator = noisy_pairs(2.0)
+    apart = bootstrap_unpaired_ratio(numerator, denominator)
+    paired = bootstrap_ratio(numerator, denominator)
+    assert apart.value == paired.value
+    assert apart.high - apart.low > 5 * (paired.high - paired.low)
+    assert bootstrap_unpaired_ratio([4.0, 4.0], [2.0, 2.0, 2.0]) == (2.0, 2.0, 2.0)
+    with pytest.raises(ValueError, match="positive"):
+        bootstrap_unpaired_ratio([1.0], [0.0])
+
+
+def test_the_interquartile_mean_is_of_the_middle_half() -> None:
+    values = [1e6, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, -1e6]
+    assert interquartile_mean(values) == pytest.approx(3.5)
+    with pytest.raises(ValueError, match="NaN"):
+        interquartile_mean([1.0, np.nan])
+
+
+def test_a_performance_profile_counts_cases_within_a_factor_of_the_best() -> None:
+    at, shares = performance_profile(np.array([[1.0, 2.0, 4.0], [2.0, 1.0, np.nan]]))
+    assert list(at) == [1.0, 2.0]
+    assert shares == pytest.approx(np.array([[2 / 3, 1.0], [1 / 3, 2 / 3]]))
+    with pytest.raises(ValueError, match="in every case"):
+        performance_profile(np.array([[1.0, np.nan]]))
+
+
+def test_a_run_that_never_got_there_is_neither_left_out_nor_taken_for_its_end() -> None:
+    assert time_to_target([10.0, 20.0, 30.0], [90.0] * 3) == (20.0, 3, 3, pytest.approx(np.nan, nan_ok=True))
+    assert time_to_target([10.0, None, 30.0], [90.0] * 3) == Reach(30.0, 2, 3, 90.0)
+    assert time_to_target([10.0, None, None], [90.0, 50.0, 90.0]) == Reach(float("inf"), 1, 3, 90.0)
+    assert time_to_target([None], [7.0]) == Reach(float("inf"), 0, 1, 7.0)
+    with pytest.raises(ValueError, match="as many budgets as runs"):
+        time_to_target([1.0], [])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import pandas as pd
@@ -16,11 +17,12 @@ TITLES = {"tokens_per_rank": "tokens per rank", "num_experts": "experts", "top_k
 FLOOR: dict[str, Any] = {"color": GREY, "linestyle": (0, (3, 2)), "marker": "."}
 
 
-def growth_figure(growth: pd.DataFrame, kind: str, step: float, where: str) -> Figure:
+def growth_figure(growth: pd.DataFrame, labels: Mapping[str, str], kind: str, step: float, where: str) -> Figure:
     """A column for each axis: above, the time of every system and the floor in ms; below, the one over the other.
 
     Args:
         growth: rows of `analysis.growth`.
+        labels: legend text of every system.
         kind: `measured`, `modelled` or `simulated`.
         step: growth of time per unit of work above which a point is ringed.
         where: sentence on the hardware, for the caption.
@@ -51,7 +53,7 @@ def growth_figure(growth: pd.DataFrame, kind: str, step: float, where: str) -> F
     above[0].set_ylabel("step time, ms")
     below[0].set_ylabel("step time / floor")
     below[0].set_ylim(0, 1.1 * max([1.0, *growth["over_floor_high"].dropna()]))
-    figure.legend(*_legend(systems, step), loc="outside upper left", ncols=min(6, len(systems) + 2))
+    figure.legend(*_legend(systems, labels, step), loc="outside upper left", ncols=min(6, len(systems) + 2))
     caption(
         figure,
         f"One forward and backward under {' and '.join(dict.fromkeys(growth['workload']))} routing:",
@@ -82,12 +84,12 @@ def _scales(times: Axes, ratios: Axes, values: list[int]) -> None:
     times.yaxis.set_minor_locator(NullLocator())
 
 
-def _legend(systems: list[str], step: float) -> tuple[list[Line2D], list[str]]:
+def _legend(systems: list[str], labels: Mapping[str, str], step: float) -> tuple[list[Line2D], list[str]]:
     handles = [Line2D([], [], color=look_of(s).colour, marker=look_of(s).marker, markersize=3) for s in systems]
     handles.append(Line2D([], [], markersize=4, **FLOOR))
     handles.append(Line2D([], [], color="black", marker="o", markersize=7, fillstyle="none", linestyle="none"))
     return handles, [
-        *systems,
+        *(labels[system] for system in systems),
         "floor",
         f"step: over {100 * (step - 1):.0f} % more time per unit of work than the point before",
     ]

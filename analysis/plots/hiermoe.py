@@ -7,17 +7,16 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from analysis.hiermoe_tables import Line
-from analysis.style import COLUMN_INCHES, GREY, PAGE_INCHES, PALE, caption, look_of, new_figure, panel, shortened
+from analysis.plots.bars import PAPER, Series, grouped_bars
+from analysis.style import COLUMN_INCHES, GREY, PAGE_INCHES, caption, look_of, new_figure, panel, shortened
 
 _OWN = look_of("hiermoe").colour
-_PAPER: dict[str, Any] = {"facecolor": PALE, "edgecolor": "white", "hatch": "////", "linewidth": 0.4}
 _METHODS = {"HD2": "#b9b2dc", "HD": "#7d72bb", "HierMoE": _OWN}
 """Tints of one colour: they are one method with more and more of its parts."""
 
@@ -39,19 +38,19 @@ def duplication_figure(rows: pd.DataFrame) -> Figure:
         own = rows[rows["groups"] == num_groups]
         choices = sorted(set(own["top_k"]))
         closed = own[own["what"].isna()]
-        series: list[tuple[pd.Series, dict[str, Any]]] = [
-            (closed.set_index("top_k")["paper"], _PAPER),
+        series: list[Series] = [
+            (closed.set_index("top_k")["paper"], PAPER),
             (closed.set_index("top_k")["ours"], {"color": _OWN}),
         ]
         for index, what in enumerate(routed):
             values = own[own["what"] == what].set_index("top_k")["ours"]
             series.append((values, {"color": _ROUTED[index % len(_ROUTED)]}))
-        _bars(axes, choices, series)
+        grouped_bars(axes, choices, series)
         axes.set_xlabel("choices a token, K")
         kind = "modelled" if own["what"].isna().all() else "modelled and measured"
         panel(axes, f"{num_groups} groups", kind, grid="y")
     panels[0].set_ylabel("copies that need not travel, %")
-    handles = [Patch(**_PAPER), Patch(color=_OWN)]
+    handles = [Patch(**PAPER), Patch(color=_OWN)]
     handles += [Patch(color=_ROUTED[index % len(_ROUTED)]) for index in range(len(routed))]
     labels = ["the paper's", "closed form of uniform choices (modelled)"]
     labels += [f"{shortened(what, 40)} (measured routing)" for what in routed]
@@ -80,18 +79,18 @@ def speedup_figure(rows: pd.DataFrame) -> Figure:
     cells = [(routing, variable) for routing in routings for variable in variables]
     for axes, (routing, variable) in zip(panels, cells, strict=True):
         own = rows[(rows["routing"] == routing) & (rows["variable"] == variable)]
-        series: list[tuple[pd.Series, dict[str, Any]]] = []
+        series: list[Series] = []
         for method, colour in _METHODS.items():
             values = own[own["method"] == method].set_index("size")
             if len(values):
-                series += [(values["paper"], _PAPER), (values["ours"], {"color": colour})]
-        _bars(axes, sorted(set(own["size"])), series)
+                series += [(values["paper"], PAPER), (values["ours"], {"color": colour})]
+        grouped_bars(axes, sorted(set(own["size"])), series)
         axes.axhline(1, color=GREY, linewidth=0.8, zorder=4)
         axes.set_xlabel(_VARIABLES[variable])
         panel(axes, shortened(routing, 24), "modelled", grid="y")
     for axes in panels[:: len(variables)]:
         axes.set_ylabel("all-to-all speed-up\nover Megatron-LM")
-    handles = [Patch(**_PAPER), *(Patch(color=colour) for colour in _METHODS.values())]
+    handles = [Patch(**PAPER), *(Patch(color=colour) for colour in _METHODS.values())]
     labels = ["the paper's, measured, left of each", *(f"{name} (modelled)" for name in _METHODS)]
     figure.legend(handles, labels, loc="outside upper left", ncols=4)
     told = [routing for routing in routings if not (rows[rows["routing"] == routing]["method"] == "HierMoE").any()]
@@ -198,16 +197,3 @@ def levels_figure(table: pd.DataFrame, where: str) -> Figure:
         where,
     )
     return figure
-
-
-def _bars(axes: Axes, positions: Sequence[int], series: Sequence[tuple[pd.Series, dict[str, Any]]]) -> None:
-    """A group of bars at every position, in it a bar of every series that has a value there."""
-    each = 0.84 / max(1, len(series))
-    for column, position in enumerate(positions):
-        there = [(float(values[position]), style) for values, style in series if position in values.index]
-        there = [(value, style) for value, style in there if np.isfinite(value)]
-        for index, (value, style) in enumerate(there):
-            at = column + (index - (len(there) - 1) / 2) * each
-            axes.bar(at, value, width=0.94 * each, zorder=2, **style)
-    axes.set_xticks(range(len(positions)), [str(position) for position in positions])
-    axes.tick_params(axis="x", length=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import pandas as pd
@@ -19,10 +20,13 @@ _LINES: tuple[dict[str, Any], ...] = (
     {"color": GREY, "linestyle": (0, (1, 1.5))},
     {"color": GREY, "linestyle": (0, (5, 1.5, 1, 1.5))},
 )
+_DENSE_TO = 1e4
+"""Up to so many times from end to end an axis has room for three ticks a decade."""
+
 _PREFIXES = ((1e12, "TFLOP/s"), (1e9, "GFLOP/s"), (1e6, "MFLOP/s"), (1.0, "FLOP/s"))
 
 
-def roofline_figure(table: pd.DataFrame, where: str) -> Figure:
+def roofline_figure(table: pd.DataFrame, where: str, labels: Mapping[str, str] | None = None) -> Figure:
     """Curves as lines, systems as points (filled: measured; hollow: modelled), both axes logarithmic.
 
     Args:
@@ -30,6 +34,7 @@ def roofline_figure(table: pd.DataFrame, where: str) -> Figure:
             `modelled`; `ratio` is R_CC = computation / communication of one layer's forward, > 0; `flops_per_s` of one
             rank, > 0.
         where: sentence on the hardware, for the caption.
+        labels: legend text of the systems, such as `flat (native)`; None: their names.
     """
     curves, points = table[table["what"] == "curve"], table[table["what"] == "point"]
     scale, unit = next(item for item in _PREFIXES if table["flops_per_s"].max() >= item[0] or item[0] == 1.0)
@@ -57,7 +62,8 @@ def roofline_figure(table: pd.DataFrame, where: str) -> Figure:
     axes.set_xlabel("computation / communication of one forward ($R_{CC}$)")
     axes.set_ylabel(f"{unit} of one rank")
     panel(axes, "DDL-Roofline", " and ".join(sorted(set(points["kind"]))) or "modelled", grid="both")
-    figure.legend(handles, [*names, *systems], loc="outside upper left", ncols=2)
+    told = [(labels or {}).get(system, system) for system in systems]
+    figure.legend(handles, [*names, *told], loc="outside upper left", ncols=2)
     kinds = set(points["kind"])
     caption(
         figure,
@@ -70,6 +76,7 @@ def roofline_figure(table: pd.DataFrame, where: str) -> Figure:
 
 
 def _ticks(axis: Axis) -> None:
-    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    low, high = axis.get_view_interval()
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high / low < _DENSE_TO else (1.0,)))
     axis.set_major_formatter(FuncFormatter(lambda value, _position: f"{value:g}"))
     axis.set_minor_locator(NullLocator())

@@ -1,4 +1,4 @@
-"""Throughput over a baseline, for several numbers of experts and gates."""
+"""Bars of a ratio to a baseline, a group for each case: number of experts and gate, shape of a layer, testbed."""
 
 from __future__ import annotations
 
@@ -14,14 +14,32 @@ _WIDTH = 0.8
 """Of all bars of a group together, the groups being 1 apart."""
 
 
-def speedups_figure(table: pd.DataFrame, baseline: str, kind: str, where: str) -> Figure:
-    """A group of bars for every number of experts and gate, a bar a system, a line at 1 for the baseline.
+THROUGHPUT = (
+    "Ratios of medians over interleaved rounds with 95 % bootstrap intervals, paired by seed and round; each group of "
+    "bars is a comparison of its own."
+)
+
+
+def speedups_figure(
+    table: pd.DataFrame,
+    baseline: str,
+    kind: str,
+    where: str,
+    *,
+    title: str = "Throughput",
+    quantity: str = "tokens per second, ratio to",
+    told: str = THROUGHPUT,
+) -> Figure:
+    """A group of bars for every case, a bar a system, a line at 1 for the baseline.
 
     Args:
-        table: rows of `analysis.speedups`, the baseline's left out.
+        table: columns group, system, label, ratio, low, high and status, the baseline's rows left out.
         baseline: the system that stands at 1, as its label.
         kind: `measured`, `modelled` or `simulated`.
         where: sentence on the cluster.
+        title: of the panel.
+        quantity: of which the bars are ratios, before the baseline's label.
+        told: sentences on how the numbers came to be.
     """
     groups = list(dict.fromkeys(table["group"]))
     systems = list(dict.fromkeys(table["system"]))
@@ -40,22 +58,21 @@ def speedups_figure(table: pd.DataFrame, baseline: str, kind: str, where: str) -
                 axes.text(centre, 0.0, "x", ha="center", va="bottom", fontsize=6, color=look_of(system).colour)
                 continue
             _bar(axes, row, centre, each, system)
-    axes.axhline(1, color=GREY, linewidth=0.8, zorder=4)
+    axes.axhline(1, color=GREY, linewidth=0.8, zorder=1)
     axes.set_xticks(range(len(groups)), groups)
     axes.set_xlim(-0.5, len(groups) - 0.5)
     axes.set_ylim(0, 1.12 * max([1.0, *table["high"].dropna()]))
     axes.tick_params(axis="x", length=0)
-    axes.set_ylabel(f"tokens per second, ratio to\n{baseline}")
-    panel(axes, "Throughput", kind, grid="y")
+    axes.set_ylabel(f"{quantity}\n{baseline}")
+    panel(axes, title, kind, grid="y")
     labels = dict(zip(table["system"], table["label"], strict=True))
     handles = [Patch(facecolor=look_of(system).colour) for system in systems]
     figure.legend(handles, [labels[system] for system in systems], loc="outside upper left", ncols=5 if wide else 2)
-    told = [f"{system} in {'; '.join(names)} ({shortened(why, 90)})" for (system, why), names in missing.items()]
+    without = [f"{system} in {'; '.join(names)} ({shortened(why, 90)})" for (system, why), names in missing.items()]
     caption(
         figure,
-        "Ratios of medians over interleaved rounds with 95 % bootstrap intervals, paired by seed and round; each group "
-        "of bars is a comparison of its own.",
-        f"No number (x): {'; '.join(told)}." if told else "",
+        told,
+        f"No number (x): {'; '.join(without)}." if without else "",
         where,
     )
     return figure
@@ -73,4 +90,6 @@ def _bar(axes: Axes, row: pd.Series, centre: float, width: float, system: str) -
         ha="center",
         va="bottom",
         fontsize=5.2,
+        bbox={"boxstyle": "square,pad=0.05", "facecolor": "white", "edgecolor": "none"},
+        zorder=2.5,
     )

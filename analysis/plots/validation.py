@@ -1,0 +1,60 @@
+"""Simulated against measured step times, a marker for every system and shape."""
+
+from __future__ import annotations
+
+import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from analysis.style import GREY, PALE, caption, look_of, new_figure, panel
+
+BAND = 0.25
+"""Half width of the grey band, as a share of the measured time."""
+
+
+def validation_figure(rows: pd.DataFrame, error: float) -> Figure:
+    """One panel, both axes in ms and logarithmic, with the line where they agree.
+
+    Args:
+        rows: of `analysis.validation`.
+        error: mean absolute relative error, for the caption.
+    """
+    figure, (axes,) = new_figure(3.2)
+    times_ms = 1e3 * rows[["measured_s", "simulated_s"]]
+    ends = float(times_ms.min().min()) / 1.5, float(times_ms.max().max()) * 1.5
+    axes.plot(ends, ends, color=GREY, linewidth=0.8)
+    below, above = ([end * (1 + sign * BAND) for end in ends] for sign in (-1, 1))
+    axes.fill_between(ends, below, above, color=PALE, alpha=0.35, linewidth=0)
+    handles = {}
+    for system, own in rows.groupby("system", sort=False):
+        look = look_of(str(system))
+        spread = (own["measured_s"] - own["measured_low_s"], own["measured_high_s"] - own["measured_s"])
+        axes.errorbar(
+            1e3 * own["measured_s"],
+            1e3 * own["simulated_s"],
+            xerr=[1e3 * side.clip(lower=0) for side in spread],
+            fmt=look.marker,
+            color=look.colour,
+            ms=3.6,
+            elinewidth=0.6,
+        )
+        handles[str(system)] = Line2D([], [], color=look.colour, marker=look.marker, ms=3.6, linestyle="none")
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlim(ends)
+    axes.set_ylim(ends)
+    axes.set_xlabel("step time of a layer, ms (measured: median, quartiles)")
+    axes.set_ylabel("the same, ms (simulated)")
+    panel(axes, "simulator against measurement", "measured / simulated", grid="both")
+    figure.legend(list(handles.values()), list(handles), loc="outside upper left", ncols=2)
+    clusters = [
+        f"{name} ({emulation})" if emulation else str(name)
+        for name, emulation in dict.fromkeys(zip(rows["cluster"], rows["emulation"], strict=True))
+    ]
+    caption(
+        figure,
+        f"{len(rows)} pairs of a system and a shape on {', '.join(clusters)}.",
+        f"Mean absolute relative error {error:.1%}.",
+        f"Costs were fitted to the modules of other shapes. Band: {BAND:.0%}.",
+    )
+    return figure

@@ -1,0 +1,119 @@
+"""The simulator's error: `python -m analysis.validation outputs/validation` draws and tabulates it.
+
+Reads validation.csv of `experiments.validate`: step times of layers as measured, and as simulated with costs that were
+fitted to other shapes. Writes validation.md and validation.{png,pdf}.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from analysis.errors import ResultsError, exit_code
+from analysis.files import write_text
+from analysis.load import one_line
+from analysis.plots.validation import validation_figure
+from analysis.style import save, suite_style
+
+COLUMNS = [
+    *("run", "cluster", "emulation", "system", "implementation", "shape"),
+    *("measured_s", "measured_low_s", "measured_high_s", "simulated_s"),
+]
+"""Of validation.csv: median over rounds and its quartiles, and the end of the simulated timeline, in s."""
+
+
+def read_validation(folder: Path) -> pd.DataFrame:
+    """The rows with `relative_error`, (simulated - measured) / measured.
+
+    Raises:
+        ResultsError: no such file, a column that lacks, or no rows.
+    """
+    path = folder / "validation.csv"
+    fix = "Fix: write it with `python -m experiments.validate`."
+    try:
+        rows = pd.read_csv(path, keep_default_na=False)
+    except (OSError, ValueError) as error:
+        raise ResultsError(f"{path}: not a readable CSV ({one_line(error)[:80]}). {fix}") from error
+    if missing := [name for name in COLUMNS if name not in rows]:
+        raise ResultsError(f"{path}: it has no column {', '.join(missing)}. {fix}")
+    if rows.empty:
+        raise ResultsError(f"{path}: it has no rows. {fix}")
+    return rows.assign(relative_error=rows["simulated_s"] / rows["measured_s"] - 1)
+
+
+def mean_absolute_error(rows: pd.DataFrame) -> float:
+    """Mean over pairs of a system and a shape of |simulated - measured| / measured."""
+    return float(rows["relative_error"].abs().mean())
+
+
+def ordered_share(rows: pd.DataFrame) -> float:
+    """Of all two systems on one shape whose measured quartiles do not overlap, how many the simulator puts in the
+    measured order; 1 where there are no such two."""
+    right = total = 0
+    for _, own in rows.groupby(["run", "shape"], sort=False):
+        for a, b in itertools.combinations(own.to_dict("records"), 2):
+            if a["measured_low_s"] > b["measured_low_s"]:
+                a, b = b, a
+            if a["measured_high_s"] < b["measured_low_s"]:
+                total += 1
+                right += a["simulated_s"] < b["simulated_s"]
+    return right / total if total else 1.0
+
+
+def write_validation(folder: Path) -> pd.DataFrame:
+    """Write validation.md and the figure beside validation.csv; its rows."""
+    rows = read_validation(folder)
+    table = [
+        "| cluster | shape | system | measured, ms | simulated, ms | simulated / measured - 1 |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    table += [
+        f"| {row.cluster} | {row.shape} | {row.system} | {1e3 * row.measured_s:.4g} | {1e3 * row.simulated_s:.4g} | "
+        f"{row.relative_error:+.1%} |"
+        for row in rows.itertuples()
+    ]
+    write_text(folder / "validation.md", "\n".join([*table, "", *told(rows), ""]))
+    with suite_style():
+        save(validation_figure(rows, mean_absolute_error(rows)), folder / "validation")
+    return rows
+
+
+def told(rows: pd.DataFrame) -> list[str]:
+    """What a reader wants to know of all pairs, in sentences."""
+    worst = rows.loc[rows["relative_error"].abs().idxmax()]
+    lines = [
+        f"{len(rows)} pairs of a system and a shape: mean absolute relative error {mean_absolute_error(rows):.1%}, "
+        f"worst {worst['relative_error']:+.1%} ({worst['system']}, {worst['shape']}).",
+        f"Systems in the measured order, where their quartiles tell them apart: {ordered_share(rows):.1%}.",
+    ]
+    for system, own in rows.groupby("system", sort=False):
+        lines.append(f"{system}: {mean_absolute_error(own):.1%} over {len(own)} shapes.")
+    return lines
+
+
+def format_validation(rows: pd.DataFrame) -> str:
+    """For a terminal."""
+    lines = [
+        f"{row.shape:16} {row.system:24} measured {1e3 * row.measured_s:9.3f} ms  simulated "
+        f"{1e3 * row.simulated_s:9.3f} ms  {row.relative_error:+7.1%}"
+        for row in rows.itertuples()
+    ]
+    return "\n".join([*lines, *told(rows), ""])
+
+
+@exit_code
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Command line, with its exit code."""
+    parser = argparse.ArgumentParser(prog="python -m analysis.validation", description=__doc__)
+    parser.add_argument("folder", type=Path, help="that holds validation.csv")
+    given = parser.parse_args(arguments)
+    print(format_validation(write_validation(given.folder)), end="")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
