@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 from moe.collectives import gather_rows, sum_and_scatter_rows
+from moe.exchange_costs import Exchange, ring_cost
 from moe.layer import NativeMoE
+from moe.layer_simulation import LayerModel, RoutedLayer
 from moe.mesh import Mesh
 from moe.system import LayerSpec, MoELayer, MoEOutput, System
 
@@ -38,6 +40,11 @@ class AllGather(System):
     name = "allgather"
     implementation = "native"
     summary = "all tokens to all ranks, reduce-scatter back"
+
+    def simulated_layer(self, layer: RoutedLayer) -> LayerModel:
+        """An all-gather of all ranks' tokens and a reduce-scatter back, in place of the exchanges."""
+        whole_bytes = float(layer.num_ranks * layer.num_tokens * layer.row_bytes)
+        return layer.model(layer.counts_PE, exchange=Exchange(ring_cost(layer.cluster), whole_bytes))
 
     def build_layer(self, spec: LayerSpec, mesh: Mesh) -> MoELayer:
         """The layer."""

@@ -113,6 +113,7 @@ class DeepSpeed(ReplicaBlocks):
     implementation = "upstream"
     summary = "DeepSpeed-MoE: GShard gating, experts padded to equal capacity"
     Options = Options
+    pads = True
 
     def replicas(self, num_experts: int, num_ranks: int) -> int:
         """r; one unless asked for."""

@@ -7,6 +7,7 @@ upstream layer the masks it wants. `gate: upstream` runs theirs.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from importlib.util import find_spec
 from typing import Literal
 
@@ -19,6 +20,7 @@ from moe import ops
 from moe.errors import Refused
 from moe.experts import ExpertFFN
 from moe.gate import TopKGate, queue_positions
+from moe.layer_simulation import LayerModel, RoutedLayer
 from moe.mesh import Mesh
 from moe.system import ExpertView, LayerSpec, MoELayer, MoEOutput, System
 from moe.topology import Cluster
@@ -165,6 +167,14 @@ class Fairscale(System):
         if self.options.gate == "upstream" and (spec.top_k != 2 or spec.capacity_factor != 1.0):
             reasons.append("fairscale's Top2Gate knows only top_k=2 and capacity_factor=1.0 (2T / E slots an expert).")
         return reasons
+
+    def simulated_layer(self, layer: RoutedLayer) -> LayerModel:
+        """Padded experts, and the einsums with one-hot masks of every token and slot there and back."""
+        model = layer.model(layer.padded_PE)
+        slots = int(layer.padded_PE[0].sum())
+        einsum_s = 2 * layer.num_tokens * slots * layer.spec.model_dim * layer.costs["gemm"].beta_s_per_byte
+        dense_s, backward_s = model.work.dense_s + einsum_s, model.work.dense_backward_s + 2 * einsum_s
+        return replace(model, work=replace(model.work, dense_s=dense_s, dense_backward_s=backward_s))
 
     def build_layer(self, spec: LayerSpec, mesh: Mesh) -> MoELayer:
         """Upstream's layer."""

@@ -4,9 +4,11 @@ if asked for, the topology-aware gate. The parts stand beside, in baselines/fast
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import gcd
 from typing import Literal
 
+import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -14,11 +16,13 @@ from baselines.fastermoe_gate import NEEDS_COSTS, NEEDS_TOP_2, NEEDS_TWO_EXPERTS
 from baselines.fastermoe_schedule import PairwiseSchedule, ShadowExperts, StepExperts
 from baselines.fastermoe_shadow import POLICIES, ShadowCosts
 from moe.errors import Refused
+from moe.exchange_costs import ring_cost
 from moe.experts import GroupedExperts, product_path
 from moe.gate import TopKGate
+from moe.layer_simulation import LayerModel, RoutedLayer, fixed_degree
 from moe.mesh import Mesh
 from moe.system import ExpertView, LayerSpec, MoELayer, MoEOutput, System
-from moe.topology import Cluster
+from moe.topology import Cluster, Level
 
 NET_BYTES_PER_S = 6.25e9
 """W_net where neither the options nor the cluster tell it: FastMoE's default, 50 Gbit/s."""
@@ -67,10 +71,13 @@ def group_size_of(options: Options, cluster: Cluster, num_ranks: int) -> int:
     return size
 
 
-def shadow_costs(options: Options, spec: LayerSpec, mesh: Mesh) -> ShadowCosts:
-    """What the policy reckons with: the same on every rank of an expert-parallel group."""
-    first = mesh.rank - mesh.ep_rank
-    level = mesh.cluster.levels[mesh.cluster.level_of(first, first + mesh.ep_size - 1)]
+def shadow_costs(options: Options, spec: LayerSpec, level: Level) -> ShadowCosts:
+    """What the policy reckons with: the same on every rank of an expert-parallel group.
+
+    Args:
+        options, spec: of the layer.
+        level: the outermost one that the group crosses.
+    """
     measured = 1 / level.beta_s_per_byte if level.beta_s_per_byte else NET_BYTES_PER_S
     return ShadowCosts(
         spec.model_dim,
@@ -100,7 +107,9 @@ class FasterMoELayer(MoELayer):
         self.experts = GroupedExperts(spec, mesh.local_experts(spec.num_experts), mesh.device)
         self.steps = torch.nn.ModuleList(StepExperts(self.experts) for _ in range(mesh.ep_size // group_size))
         self.shadows = ShadowExperts(self.experts)
-        policy, costs = POLICIES[options.shadowing], shadow_costs(options, spec, mesh)
+        first = mesh.rank - mesh.ep_rank
+        level = mesh.cluster.levels[mesh.cluster.level_of(first, first + mesh.ep_size - 1)]
+        policy, costs = POLICIES[options.shadowing], shadow_costs(options, spec, level)
         self.schedule = PairwiseSchedule(
             mesh, spec.num_experts, group_size, lambda counts_PE: policy(counts_PE, costs), spec.dtype
         )
@@ -167,6 +176,25 @@ class FasterMoE(System):
             if options.outgoing_fraction is None and outgoing_fraction(cluster) is None:
                 reasons.append(NEEDS_COSTS.format(cluster=cluster.name))
         return reasons
+
+    def simulated_layer(self, layer: RoutedLayer) -> LayerModel:
+        """Copies of shadowed experts stay where they are; their weights come before the rest and their gradients go
+        behind it, nothing beside them. Groups of the pairwise schedule are chunks that overlap; the topology gate is
+        not told apart."""
+        options, spec, counts_PE = self.options, layer.spec, layer.counts_PE
+        level = layer.cluster.levels[max(layer.cluster.crossed_levels, default=0)]
+        costs = shadow_costs(options, spec, level)
+        shadowed = POLICIES[options.shadowing](counts_PE, costs)
+        sent_PE = counts_PE.copy()
+        sent_PE[:, shadowed] = 0
+        rows_PP = layer.rows_between(sent_PE) + np.diag(counts_PE[:, shadowed].sum(1))
+        num_steps = layer.num_ranks // group_size_of(options, layer.cluster, layer.num_ranks)
+        model = replace(layer.model(counts_PE, rows_PP), planner=fixed_degree(num_steps))
+        if not shadowed:
+            return model
+        moved_s = ring_cost(layer.cluster).predict(len(shadowed) * layer.expert_weights * spec.dtype.itemsize)
+        dense_s, backward_s = model.work.dense_s + moved_s, model.work.dense_backward_s + moved_s
+        return replace(model, work=replace(model.work, dense_s=dense_s, dense_backward_s=backward_s))
 
     def build_layer(self, spec: LayerSpec, mesh: Mesh) -> MoELayer:
         """The layer."""

@@ -12,6 +12,7 @@ Dimensions: M model, E experts, N ranks, L slots of a rank, J = N L slots in all
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -28,8 +29,10 @@ from baselines.flexmoe_policy import BALANCED, MOST_SHIFTS, Copies, Costs, exper
 from baselines.flexmoe_popularity import plan_by_popularity
 from baselines.flexmoe_sync import ReplicaSync
 from moe.costs import pair_costs
+from moe.exchange_costs import ring_cost
 from moe.experts import GroupedExperts
 from moe.gate import Routing
+from moe.layer_simulation import Extra, LayerModel, RoutedLayer
 from moe.mesh import Mesh
 from moe.replica_layer import ReplicatedMoE
 from moe.replica_table import ReplicaTable, SlotOptions, cyclic_table
@@ -178,6 +181,20 @@ class FlexMoE(System):
     def expert_copies(self, num_experts: int, num_ranks: int) -> float:
         """Slots over experts."""
         return float(self.options.slots(num_experts, num_ranks) * num_ranks / num_experts)
+
+    def simulated_layer(self, layer: RoutedLayer) -> LayerModel:
+        """Replicas as one decision makes them of this very routing, by popularity whichever the policy; behind backward
+        the sum of gradients over replicas. The move itself, one in `interval` steps, is left out."""
+        num_ranks, num_experts = layer.num_ranks, layer.spec.num_experts
+        slots = self.options.slots(num_experts, num_ranks)
+        table = cyclic_table(num_experts, num_ranks, slots)
+        before_EN = slots_of(table.expert_of_slot, num_experts, slots)
+        most = self.options.most_shifts or table.num_slots
+        slots_EN = plan_by_popularity(before_EN, layer.counts_PE, self.options.balanced, most).slots_EN
+        held = int((slots_EN > 0).sum(0).max())
+        extras = (Extra("replica_gradients", ring_cost(layer.cluster), 8.0 * held * layer.expert_weights),)
+        model = layer.model(layer.counts_PE, layer.spread(slots_EN))
+        return dataclasses.replace(model, extras=extras if num_ranks > 1 else ())
 
     def build_layer(self, spec: LayerSpec, mesh: Mesh) -> MoELayer:
         """The layer."""

@@ -20,7 +20,7 @@ from baselines.overlap_schedules import (
     plan_tutel_overlap,
 )
 from baselines.schemoe_schedule import ScheMoE
-from moe.pipelined_layer import Choices, Schedule
+from moe.pipelined_parts import Choices, Schedule
 from moe.pipelined_system import PipelinedOptions, PipelinedSystem
 from moe.schedules import INTER, Pipeline, fsmoe_pipeline
 from moe.step_planning import Fixed, Planner

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
+from moe.exchange_costs import NOTHING
 from moe.experts import ExpertFFN
 from moe.gate import TopKGate
+from moe.layer_simulation import LayerModel, RoutedLayer
 from moe.mesh import Mesh
 from moe.system import ExpertView, LayerSpec, MoELayer, MoEOutput, System
 
@@ -79,6 +82,12 @@ class Reference(System):
     implementation = "native"
     summary = "dense oracle: all experts on all tokens, no communication"
     shards_experts = False
+
+    def simulated_layer(self, layer: RoutedLayer) -> LayerModel:
+        """Nothing travels, and every token meets every expert; behind backward, the sum of all experts' gradients."""
+        num_experts = layer.spec.num_experts
+        model = layer.model(layer.counts_PE, exchange=NOTHING, most_rows=num_experts * layer.num_tokens)
+        return replace(model, extras=(layer.replica_gradients(1, num_experts),))
 
     def build_layer(self, spec: LayerSpec, mesh: Mesh) -> MoELayer:
         """The dense layer."""

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 from abc import abstractmethod
+from typing import ClassVar
 
 import torch.distributed as dist
 from torch import nn
 
+from moe.layer_simulation import LayerModel, RoutedLayer
 from moe.mesh import Mesh, create_mesh
 from moe.sync import GradientSync
 from moe.system import LayerSpec, MoELayer, System, moe_layers
@@ -30,7 +32,13 @@ def replicas_of(layer: MoELayer) -> list[int] | None:
 
 
 class ReplicaBlocks(System):
-    """A system whose layers are built on a mesh of blocks."""
+    """A system whose layers are built on a mesh of blocks.
+
+    Attributes:
+        pads: whether every expert is padded to the fullest one.
+    """
+
+    pads: ClassVar[bool] = False
 
     @abstractmethod
     def replicas(self, num_experts: int, num_ranks: int) -> int:
@@ -51,6 +59,16 @@ class ReplicaBlocks(System):
     def expert_copies(self, num_experts: int, num_ranks: int) -> float:
         """r."""
         return float(self.replicas(num_experts, num_ranks))
+
+    def simulated_layer(self, layer: RoutedLayer) -> LayerModel:
+        """One block stands for all; behind backward, the sum of gradients over blocks."""
+        replicas = self.replicas(layer.spec.num_experts, layer.num_ranks)
+        block = layer.block(layer.num_ranks // replicas)
+        model = block.model(block.padded_PE if self.pads else block.counts_PE)
+        if replicas == 1:
+            return model
+        experts = layer.spec.num_experts / block.num_ranks
+        return dataclasses.replace(model, extras=(layer.replica_gradients(block.num_ranks, experts),))
 
     def gradient_sync(self, model: nn.Module, mesh: Mesh) -> GradientSync:
         """Over an expert's ranks, which the layers' mesh knows."""

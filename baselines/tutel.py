@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import os
+from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any, Literal
 
@@ -21,11 +22,13 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from baselines.replacing import replaced
+from baselines.tutel_2dh import two_dimensional
 from baselines.tutel_2dh_exchange import node_size
 from moe import ops
 from moe.errors import Refused
 from moe.experts import feed_forward
 from moe.gate import balance_loss
+from moe.layer_simulation import LayerModel, RoutedLayer, fixed_degree
 from moe.mesh import Mesh, ranks_are_on_cuda
 from moe.slots import BatchedExperts, Slots
 from moe.system import ExpertView, LayerSpec, MoELayer, MoEOutput, System
@@ -209,6 +212,12 @@ class Tutel(System):
                 "Tutel's batch_prioritized_routing miscounts slots where nothing drops: set capacity_factor."
             )
         return reasons
+
+    def simulated_layer(self, layer: RoutedLayer) -> LayerModel:
+        """Padded experts by one exchange or two, in as many parts as it is told; adaptive_r=0 is not told apart."""
+        counts_PE, options = layer.padded_PE, self.options
+        exchange = two_dimensional(layer, counts_PE) if options.use_2dh else None
+        return replace(layer.model(counts_PE, exchange=exchange), planner=fixed_degree(options.a2a_ffn_overlap_degree))
 
     def build_layer(self, spec: LayerSpec, mesh: Mesh) -> MoELayer:
         """Upstream's layer."""

@@ -7,15 +7,20 @@ Upstream's own is `tutel` with `use_2dh`; this one also runs on CPUs, overlaps o
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from baselines.fastermoe_schedule import StepExperts
+from baselines.tutel_2dh_exchange import node_size
 from baselines.tutel_2dh_slots import SlotSchedule
+from moe.exchange_costs import Counts, Exchange, chained
 from moe.experts import GroupedExperts, product_path
 from moe.gate import TopKGate
+from moe.layer_simulation import LayerModel, RoutedLayer, fixed_degree
 from moe.mesh import Mesh
 from moe.system import ExpertView, LayerSpec, MoELayer, MoEOutput, System
 
@@ -87,6 +92,27 @@ class TwoDimensionalMoE(MoELayer):
         return self.gate, *self.parts
 
 
+def two_dimensional(layer: RoutedLayer, counts_PE: Counts) -> Exchange:
+    """The exchange inside nodes of what goes to equal places of all nodes, then that between them, as one.
+
+    Args:
+        layer: with the costs of its cluster's levels.
+        counts_PE: [P, E], copies of each rank for each expert, padding included.
+    """
+    rows_PP, size = layer.rows_between(counts_PE), node_size(layer.cluster, layer.num_ranks)
+    if size == layer.num_ranks:
+        return layer.exchange(rows_PP)
+    num_nodes, crossed = layer.num_ranks // size, layer.cluster.crossed_levels
+    rows_NGNG = rows_PP.reshape(num_nodes, size, num_nodes, size)
+    inside_NGG, between_NGN = rows_NGNG.sum(2), rows_NGNG.sum(1).transpose(0, 2, 1)
+    inside = inside_NGG * (1 - np.eye(size, dtype=np.int64))
+    between = between_NGN * (1 - np.eye(num_nodes, dtype=np.int64))[:, None, :]
+    busiest = [max(int(rows.sum(axis).max()) for axis in axes) for rows, axes in ((inside, (1, 2)), (between, (0, 2)))]
+    inner = next(level for level in reversed(crossed) if layer.cluster.group_size(level) == size)
+    far = max((layer.at_level(level, busiest[1]) for level in crossed if level > inner), key=lambda far: far.seconds)
+    return chained(layer.at_level(inner, busiest[0]), far)
+
+
 class TutelTwoDimensional(System):
     """Tutel's 2DH, restated."""
 
@@ -94,6 +120,11 @@ class TutelTwoDimensional(System):
     implementation = "native"
     summary = "Tutel's hierarchical all-to-all: inside nodes, then between them; experts padded to equal capacity"
     Options = Options
+
+    def simulated_layer(self, layer: RoutedLayer) -> LayerModel:
+        """Padded experts over two exchanges; parts that overlap as FSMoE's do on one link."""
+        model = layer.model(layer.padded_PE, exchange=two_dimensional(layer, layer.padded_PE))
+        return replace(model, planner=fixed_degree(self.options.overlap_degree))
 
     def build_layer(self, spec: LayerSpec, mesh: Mesh) -> MoELayer:
         """The layer. Collective over all ranks of the run.

@@ -251,9 +251,7 @@ class Recorder(L.Callback):
                 ids_TK = logits_TE.topk(layer.spec.top_k, dim=1).indices
             self._choices.append(ids_TK.detach())
 
-        self._watching = [
-            layer.register_forward_hook(note) for layer in module.gpt.moe_layers if layer.chooses_top_k
-        ]
+        self._watching = [layer.register_forward_hook(note) for layer in module.gpt.moe_layers if layer.chooses_top_k]
 
     def _gather_choices(self, step: int) -> None:
         """The joint choices of every token of the step: int16 [layers, T of all ranks, K]. Collective."""

@@ -298,9 +298,14 @@ def _compose(kind: str, overrides: list[str], extra_folder: str | None) -> dict[
 
 @contextmanager
 def _composer() -> Iterator[None]:
-    """Hydra, ready to compose from conf/, whether or not it is in use already."""
-    with hydra.initialize_config_dir(str(CONF), version_base=HYDRA_VERSION_BASE):
-        yield
+    """Hydra, ready to compose from conf/, whether or not it is in use already, as it is inside an entry point."""
+    in_use = GlobalHydra.instance().hydra
+    GlobalHydra.instance().clear()
+    try:
+        with hydra.initialize_config_dir(str(CONF), version_base=HYDRA_VERSION_BASE):
+            yield
+    finally:
+        GlobalHydra.instance().hydra = in_use
 
 
 @contextmanager

@@ -24,7 +24,7 @@ class RanksHere:
     """The ranks that were started for us, and which of them we are.
 
     Args:
-        starter: `torchrun` or `srun`; `the plan` inside `experiments.allocation.planned`.
+        starter: `torchrun` or `srun`; the latter is also what a plan will be started by.
         rank, world_size, local_rank, local_world_size, node_rank: as in `experiments.ranks.RankInfo`.
         num_nodes: nodes that hold ranks.
         master_address, master_port: where rank 0 serves the store.
@@ -62,7 +62,7 @@ def ranks_here(env: Mapping[str, str]) -> RanksHere | None:
     if (plan := plan_here(env)) is not None:
         size = plan.ranks_per_node
         num_ranks = plan.num_nodes * size
-        return RanksHere("the plan", 0, num_ranks, 0, size, 0, plan.num_nodes, "", "") if num_ranks > 1 else None
+        return RanksHere("srun", 0, num_ranks, 0, size, 0, plan.num_nodes, "", "") if num_ranks > 1 else None
     if "RANK" in env and "WORLD_SIZE" in env:
         return _from_torchrun(env)
     if "SLURM_STEP_ID" in env and "SLURM_PROCID" in env and _num_tasks(env) > 1:

@@ -139,8 +139,8 @@ def measure_case(case: Case, systems: dict[str, System], mesh: Mesh, config: Lay
 
     Returns:
         For every system its step_time, floor_time (of `experiments.floor`, in the same rounds), stage_time, bytes,
-        dropped_copies, tokens, peak_memory and, if asked for, relative_error; or a status row for a system that refused
-        or failed. The same on every rank.
+        dropped_copies, tokens, peak_memory and, if asked for, relative_error, and module_time of a layer that measured
+        its modules; or a status row for a system that refused or failed. The same on every rank.
     """
     expected, failure = attempt(lambda: _expected(case, mesh)) if config.check else (None, None)
     if failure is not None and mesh.rank == 0:
@@ -236,6 +236,9 @@ def _observe(candidate: Candidate, case: Case, mesh: Mesh) -> None:
         writer.add("path", [1], "1", candidate.layer.path)
     for part, modelled_s in candidate.layer.modelled_dispatch_s.items():
         writer.add("modelled_dispatch", [modelled_s], "s", part)
+    for operation, points in candidate.layer.module_times.items():
+        for size, took_s in points:
+            writer.add("module_time", [took_s], "s", f"{operation} {size:.0f}")
     meter = LinkMeter(mesh.cluster, mesh.rank)
     dropped: list[Tensor] = []
     handle = candidate.layer.register_forward_hook(lambda _m, _a, output: dropped.append(output.num_dropped))

@@ -213,9 +213,7 @@ class Observed:
         self.output, self.input_grad, self.gate_grad = output.y_TM.detach(), x_TM.grad, layer.gate_weight.grad
         self.views = {(view.expert, view.name): view for view in layer.expert_views()}
         self.expert_grads = {
-            key: view.view(view.parameter.grad)
-            for key, view in self.views.items()
-            if view.parameter.grad is not None
+            key: view.view(view.parameter.grad) for key, view in self.views.items() if view.parameter.grad is not None
         }
 
     def errors(self, expected: Observed) -> dict[str, float]:

@@ -12,14 +12,18 @@ from dataclasses import replace
 from functools import partial
 from typing import Literal, Self
 
+import numpy as np
 import torch
 from pydantic import Field, model_validator
 
 from methods.fsmoe_gates import GShardGate, SigmoidGate, XMoEGate
-from methods.fsmoe_mixing import ExpertChoiceGate, ExpertChoiceMoE, SoftGate, SoftMoE
+from methods.fsmoe_mixing import ExpertChoiceGate, ExpertChoiceMoE, SoftGate, SoftMoE, tokens_taken
 from methods.fsmoe_schedule import plan_fsmoe
+from moe.exchange_costs import Counts
+from moe.layer_simulation import RoutedLayer
 from moe.mesh import Mesh
-from moe.pipelined_layer import Choices, Gate, PipelinedMoE, Schedule
+from moe.pipelined_layer import PipelinedMoE
+from moe.pipelined_parts import Choices, Gate, Schedule
 from moe.pipelined_system import PipelinedOptions, PipelinedSystem
 from moe.schedules import INTER, INTRA, fsmoe_pipeline
 from moe.system import LayerSpec, MoELayer
@@ -103,6 +107,13 @@ class FSMoE(PipelinedSystem):
                 "capacity_factor=null and say the slots of an expert by gate_slots."
             )
         return reasons
+
+    def simulated_counts(self, layer: RoutedLayer) -> Counts:
+        """As many for every expert where tokens do not choose."""
+        if self.options.gate not in LAYERS:
+            return super().simulated_counts(layer)
+        taken = tokens_taken(layer.spec, layer.num_tokens)
+        return np.full_like(layer.counts_PE, self.options.gate_slots if self.options.gate == "soft" else taken)
 
     def build_layer(self, spec: LayerSpec, mesh: Mesh) -> MoELayer:
         """The pipelined layer behind its gate."""

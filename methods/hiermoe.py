@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from pydantic import BaseModel, ConfigDict, Field
@@ -16,12 +17,15 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from methods.hiermoe_dispatch import block_sizes
-from methods.hiermoe_levels import LevelsDispatcher
-from methods.hiermoe_model import Collectives, collectives_of
+from methods.hiermoe_levels import ID_AND_WEIGHT_BYTES, LevelsDispatcher
+from methods.hiermoe_model import Collectives, best_dim, collectives_of, dispatch_s
+from methods.hiermoe_simulation import sent_s, sorted_counts
 from methods.hiermoe_swap import Peak, SwapStatistics, gaining, ranked_swaps, swap_costs, swap_statistics
 from moe.costs import AlphaBeta
 from moe.errors import ConfigError
+from moe.exchange_costs import Exchange
 from moe.layer import NativeMoE
+from moe.layer_simulation import LayerModel, RoutedLayer
 from moe.load_balance import balance_loads
 from moe.mesh import Mesh
 from moe.migration import migrate, movable_layers
@@ -109,6 +113,24 @@ class HierMoE(System):
                 f"most {spec.num_experts // 2}."
             )
         return reasons
+
+    def simulated_layer(self, layer: RoutedLayer) -> LayerModel:
+        """Over as many levels as the performance model would choose, each exchange of the rows there are; experts stay
+        in place."""
+        collectives = collectives_of(layer.cluster)
+        counts_GS = np.stack(
+            [
+                sorted_counts(ids_TK, layer.spec.num_experts, collectives.groups, self.options.dedup)
+                for ids_TK in layer.ids_PTK
+            ]
+        )
+        choices = layer.spec.top_k if self.options.dedup else 1
+        row_bytes = layer.row_bytes + ID_AND_WEIGHT_BYTES * choices
+        seconds = dispatch_s(torch.from_numpy(counts_GS), collectives, row_bytes)
+        wanted = self.options.levels
+        levels = best_dim(seconds) if wanted == "auto" else collectives.depth if wanted == "all" else int(wanted)
+        exchange = Exchange(AlphaBeta(sent_s(counts_GS, collectives, row_bytes, levels), 1e-15), 1.0)
+        return layer.model(layer.counts_PE, exchange=exchange)
 
     def build_layer(self, spec: LayerSpec, mesh: Mesh) -> MoELayer:
         """The native layer with HierMoE's dispatcher.

@@ -5,11 +5,13 @@ Dimensions: G ranks, T tokens of a rank, K choices, E experts, D levels.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from methods.hiermoe_model import Collectives, best_dim, dispatch_s, group_counts
@@ -69,6 +71,57 @@ def times_of(ids_GTK: Tensor, setting: Setting, dedup: bool) -> Tensor:
     """
     counts_GS = group_counts(ids_GTK, setting.num_experts, setting.collectives.groups, dedup)
     return dispatch_s(counts_GS, setting.collectives, setting.row_bytes)
+
+
+def sorted_counts(
+    ids_TK: NDArray[np.integer], num_experts: int, groups: Sequence[int], dedup: bool = True
+) -> NDArray[np.int64]:
+    """`hiermoe_model.group_counts` of one rank's tokens, in a time that does not grow with the groups: a token's are
+    sorted, and each counted once.
+
+    Args:
+        ids_TK: [T, K], slots.
+        num_experts, groups, dedup: as there.
+
+    Returns:
+        [S].
+    """
+    counts = []
+    for num_groups in groups:
+        group_TK = ids_TK // (num_experts // num_groups)
+        chosen = group_TK.ravel()
+        if dedup:
+            group_TK = np.sort(group_TK, axis=1)
+            first_TK = np.ones(group_TK.shape, dtype=bool)
+            first_TK[:, 1:] = group_TK[:, 1:] != group_TK[:, :-1]
+            chosen = group_TK[first_TK]
+        counts.append(np.bincount(chosen, minlength=num_groups))
+    return np.concatenate(counts)
+
+
+def sent_s(counts_GS: NDArray[np.int64], collectives: Collectives, row_bytes: float, dim: int) -> float:
+    """Seconds of a dispatch over `dim` levels that sends exactly the rows there are, as ours does, where
+    `hiermoe_model.dispatch_s` pads them to the fullest destination: of each exchange what the busiest rank sends or
+    receives.
+
+    Args:
+        counts_GS: [G, S], `hiermoe_model.group_counts` of every rank's tokens.
+        collectives: of the cluster.
+        row_bytes: of a token.
+        dim: d.
+    """
+    starts = np.cumsum([0, *collectives.groups])
+    total_s = 0.0
+    for exchange in collectives.exchanges(dim):
+        level, num_groups = exchange.level, collectives.groups[exchange.level]
+        counts_GU = counts_GS[:, starts[level] : starts[level + 1]]
+        # Before it, a token waits in the block of its group, at its source's place there.
+        held_BU = counts_GU.reshape(-1, exchange.block, num_groups).sum(0)
+        num_blocks = collectives.num_ranks // exchange.block
+        sent = held_BU.reshape(exchange.block, num_blocks, -1).sum(2)
+        received = held_BU.reshape(-1, collectives.num_ranks // num_groups, num_groups).sum(0)
+        total_s += exchange.cost.predict(float(max(sent.max(), received.max())) * row_bytes)
+    return total_s
 
 
 def learned_placement(

@@ -16,9 +16,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -27,9 +29,11 @@ from methods.swiftmoe_optimizer import ExpertShards
 from methods.swiftmoe_popularity import Popularity
 from methods.swiftmoe_scheduler import SlotTable, even_table, table_of
 from methods.swiftmoe_slots import SlotExperts
+from moe.exchange_costs import ring_cost
 from moe.experts import GroupedExperts
 from moe.flat_experts import FlatExperts
 from moe.gate import Routing
+from moe.layer_simulation import Extra, LayerModel, RoutedLayer
 from moe.mesh import Mesh, ranks_are_on_cuda
 from moe.point_to_point import Exchange, in_turn
 from moe.replica_layer import ReplicatedMoE
@@ -228,6 +232,26 @@ class SwiftMoE(System):
     def slot_copies(self, num_experts: int, num_ranks: int) -> float:
         """Slots over experts."""
         return float(self.options.slots(num_experts, num_ranks) * num_ranks / num_experts)
+
+    def simulated_layer(self, layer: RoutedLayer) -> LayerModel:
+        """Replicas as the scheduler makes them of this very routing, as if it were the iteration before. Behind
+        backward: sums of gradients over a rank's replicas elsewhere, shards of every expert's gradient, and weights for
+        every slot; their optimizer's time is left out."""
+        num_ranks, num_experts = layer.num_ranks, layer.spec.num_experts
+        slots = self.options.slots(num_experts, num_ranks)
+        table = even_table(num_experts, num_ranks, slots).after(layer.counts_PE.sum(0).tolist())
+        slots_EP = np.zeros((num_experts, num_ranks), dtype=np.int64)
+        np.add.at(slots_EP, (table.expert_of_slot, np.arange(table.num_slots) // slots), 1)
+        gradient_bytes = (4.0 if self.options.reduce_dtype == "fp32" else 2.0) * layer.expert_weights
+        shared = max((slots_EP[table.shared] > 0).sum(0).tolist(), default=0)
+        ring, even = ring_cost(layer.cluster), layer.exchange(np.ones((num_ranks, num_ranks), dtype=np.int64)).cost
+        extras = (
+            Extra("replica_gradients", ring, 2 * shared * gradient_bytes),
+            Extra("gradient_shards", even, num_experts * gradient_bytes / num_ranks),
+            Extra("slot_weights", even, slots * layer.spec.dtype.itemsize * layer.expert_weights),
+        )
+        model = layer.model(layer.counts_PE, layer.spread(slots_EP))
+        return replace(model, extras=extras if num_ranks > 1 else ())
 
     def build_layer(self, spec: LayerSpec, mesh: Mesh) -> MoELayer:
         """The layer. Collective: it makes groups of ranks."""

@@ -27,6 +27,7 @@ from moe.costs import pair_costs
 from moe.dispatch import Dispatcher
 from moe.gate import TopKGate, queue_positions
 from moe.layer import NativeMoE, default_dispatcher
+from moe.layer_simulation import LayerModel, RoutedLayer
 from moe.mesh import Mesh
 from moe.static_dispatch import StaticDispatcher
 from moe.system import LayerSpec, MoELayer, System, moe_layers
@@ -236,6 +237,25 @@ def target_shares(options: Options, cluster: Cluster, ranks: list[int]) -> Matri
     return balanced(closed_form(beta_PP))
 
 
+def simulated_shares(options: Options, cluster: Cluster) -> Matrix:
+    """`target_shares` of all ranks. Where levels alone tell pairs apart all rows are alike, so that one is computed,
+    which does for thousands of ranks."""
+    num_ranks = cluster.world_size
+    if options.topology is not None or missing_costs(options, cluster) or not cluster.crossed_levels:
+        return target_shares(options, cluster, list(range(num_ranks)))
+    betas = [level.beta_s_per_byte or 0.0 for level in cluster.levels]
+    innermost = cluster.crossed_levels[0]
+    if options.self_cost == "node":
+        betas[0] = betas[innermost]
+    if options.self_cost == "node" and len(cluster.crossed_levels) == 1:
+        return np.full((num_ranks, num_ranks), 1 / num_ranks)
+    shares_PP = np.empty((num_ranks, num_ranks))
+    for level in reversed([0, *cluster.crossed_levels]):
+        for group in cluster.groups(level):
+            shares_PP[group[0] : group[-1] + 1, group[0] : group[-1] + 1] = 1 / betas[level]
+    return shares_PP / shares_PP[0].sum()
+
+
 def missing_costs(options: Options, cluster: Cluster) -> list[str]:
     """Names of the levels whose cost the target needs and nobody measured."""
     apart = [level for level in cluster.levels[1:] if level.fanout > 1]
@@ -280,6 +300,12 @@ class TAMoE(System):
         if options.average_every is not None and options.gate != "local":
             reasons.append("TA-MoE averages local gates only: leave average_every out, or set gate=local.")
         return reasons
+
+    def simulated_layer(self, layer: RoutedLayer) -> LayerModel:
+        """Copies go where the target says, as if training had reached it, evenly to the experts of each rank."""
+        shares_PP = simulated_shares(self.options, layer.cluster)
+        rows_PP = np.rint(shares_PP * layer.num_tokens * layer.spec.top_k).astype(np.int64)
+        return layer.model(layer.counts_PE, rows_PP)
 
     def build_layer(self, spec: LayerSpec, mesh: Mesh) -> MoELayer:
         """The layer."""

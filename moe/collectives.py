@@ -77,6 +77,20 @@ def _sum_and_scatter(rows: Tensor, group: dist.ProcessGroup) -> Tensor:
     return summed
 
 
+def gather_into(whole: Tensor, part: Tensor, group: dist.ProcessGroup, async_op: bool = False) -> dist.Work | None:
+    """Every rank's [N, ...] into [P * N, ...], the group's rank 0 first; not differentiable."""
+    name = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"  # renamed in 2.13
+    work: dist.Work | None = getattr(dist, name)(whole, part, group=group, async_op=async_op)
+    return work
+
+
+def scatter_sums(part: Tensor, whole: Tensor, group: dist.ProcessGroup, async_op: bool = False) -> dist.Work | None:
+    """This rank's [N, ...] of the sum over ranks of [P * N, ...]; not differentiable."""
+    name = "reduce_scatter_single" if hasattr(dist, "reduce_scatter_single") else "reduce_scatter_tensor"
+    work: dist.Work | None = getattr(dist, name)(part, whole, group=group, async_op=async_op)
+    return work
+
+
 def gather_rows(rows: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Every rank's rows on every rank; differentiable, the backward is `sum_and_scatter_rows`.
 

@@ -190,6 +190,16 @@ class TopKGate(nn.Module):
         """Scalar float32, see `balance_loss`."""
         return balance_loss(probs_TE, expert_ids_TK, self.penalty_E)
 
+    def load(self, gate_EM: Tensor) -> None:
+        """Take the suite's matrix, [E, M]."""
+        self.weight.copy_(gate_EM)
+
+    def most_copies(self, num_tokens: int) -> int:
+        """Copies that a rank sends of so many tokens, at most."""
+        spec = self.spec
+        copies = spec.top_k * num_tokens
+        return copies if spec.capacity_factor is None else min(copies, spec.num_experts * spec.capacity(num_tokens))
+
     def keep(self, expert_ids_TK: Tensor) -> Tensor | None:
         """Which copies are not dropped, [T, K] bool; None when nothing is."""
         spec = self.spec

@@ -73,7 +73,30 @@ class Point:
 
 
 Points = dict[str, list[Point]]
-"""By operation: `all_to_all`, `all_reduce`, with shards `all_gather` and `reduce_scatter`, `gemm`, `gemm_backward`."""
+"""By operation: `all_to_all`, `all_reduce`, with shards `all_gather` and `reduce_scatter`, `gemm`, `gemm_backward`, and
+what the layer adds."""
+
+Timed = list[tuple[str, float, Callable[[], Any]]]
+"""(operation, size, what to time)."""
+
+
+@dataclass(frozen=True)
+class Measuring:
+    """What is measured of a layer, and where.
+
+    Args:
+        mesh: of the run.
+        shapes: of the layer, the same on all ranks.
+        groups: of its all-to-all and, where experts are sharded, of the ranks that share them.
+        experts: of the layer.
+        more: what it has beside, for a share of its tokens.
+    """
+
+    mesh: Mesh
+    shapes: Shapes
+    groups: Sequence[dist.ProcessGroup]
+    experts: GroupedExperts
+    more: Callable[[float], Timed]
 
 
 def hardware(mesh: Mesh) -> dict[str, str]:
@@ -109,21 +132,17 @@ _MEASURED: dict[tuple[str, str], Points] = {}
 """Of this process, by hardware and shapes."""
 
 
-def profile(
-    mesh: Mesh, shapes: Shapes, groups: Sequence[dist.ProcessGroup], experts: GroupedExperts, file: Path | None
-) -> Points:
+def profile(measuring: Measuring, file: Path | None) -> Points:
     """The measurements of these shapes on this hardware: known ones, else new ones. Collective over all ranks.
 
     Args:
-        mesh: of the run.
-        shapes: of the layer, the same on all ranks.
-        groups: of its all-to-all and, where experts are sharded, of the ranks that share them.
-        experts: of the layer.
+        measuring: what.
         file: where profiles are kept, on a file system that all ranks read; None keeps them in this process only.
 
     Raises:
         ConfigError: the file is of other hardware, or can't be read.
     """
+    mesh, shapes = measuring.mesh, measuring.shapes
     here = hardware(mesh)
     known = (json.dumps(here), shapes.key)
     box: list[Any] = [None]
@@ -134,7 +153,7 @@ def profile(
     if isinstance(box[0], ConfigError):
         raise box[0]
     if known not in _MEASURED:
-        _MEASURED[known] = box[0] or measure(mesh, shapes, groups, experts)
+        _MEASURED[known] = box[0] or measure(measuring)
     if box[0] is None and file is not None and mesh.rank == 0:
         write_profiles(file, here, read_profiles(file, here) | {shapes.key: _MEASURED[known]})
     return _MEASURED[known]
@@ -194,8 +213,9 @@ def write_profiles(file: Path, here: dict[str, str], profiles: dict[str, Points]
 
 
 @torch.no_grad()
-def measure(mesh: Mesh, shapes: Shapes, groups: Sequence[dist.ProcessGroup], experts: GroupedExperts) -> Points:
-    """Time every module at FRACTIONS of the layer's size. Collective over all ranks; arguments as of `profile`."""
+def measure(measuring: Measuring) -> Points:
+    """Time every module at FRACTIONS of the layer's size. Collective over all ranks."""
+    mesh, shapes, experts = measuring.mesh, measuring.shapes, measuring.experts
     dtype = getattr(torch, shapes.dtype)
     weights = experts.w_in.to(dtype), experts.w_out.to(dtype)
     steps: dict[str, list[tuple[float, Callable[[], Any]]]] = {}
@@ -203,7 +223,8 @@ def measure(mesh: Mesh, shapes: Shapes, groups: Sequence[dist.ProcessGroup], exp
         # Whole rows for every rank and every expert, so that all messages are alike.
         unit = shapes.ranks * shapes.num_local
         rows = max(1, round(fraction * shapes.rows / unit)) * unit
-        for operation, size, step in _steps(mesh, shapes, rows, groups, weights, experts.activation):
+        timed = _steps(mesh, shapes, rows, measuring.groups, weights, experts.activation)
+        for operation, size, step in timed + measuring.more(fraction):
             steps.setdefault(operation, []).append((size, step))
     names = [(operation, index) for operation, found in steps.items() for index in range(len(found))]
     seconds = torch.zeros(REPEATS, len(names), dtype=torch.float64)
@@ -239,8 +260,8 @@ def _steps(
     groups: Sequence[dist.ProcessGroup],
     weights: tuple[Tensor, Tensor],
     activation: Activation,
-) -> list[tuple[str, float, Callable[[], Any]]]:
-    """(operation, size, what to time) for a layer of so many rows."""
+) -> Timed:
+    """For a layer of so many rows."""
     w_in, w_out = weights
     sent = torch.randn(rows, shapes.model_dim, device=mesh.device, dtype=w_in.dtype)
     received, size_bytes = torch.empty_like(sent), float(sent.numel() * sent.element_size())

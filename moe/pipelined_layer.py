@@ -7,96 +7,31 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from moe.chunk_pipeline import Call, ExpertPipeline
 from moe.chunk_travel import Links
-from moe.chunks import exchange_counts
+from moe.chunks import Queues, exchange_counts
 from moe.costs import AlphaBeta
 from moe.dense_order import dense_expand, dense_weighted_sum
 from moe.dispatch import expand, weighted_sum
 from moe.expert_sharding import ShardedExperts, sharding_of
 from moe.experts import GroupedExperts, product_path
 from moe.gate import Routing, TopKGate
+from moe.layer_simulation import OUTSIDE
 from moe.mesh import Mesh
-from moe.module_profile import Points, Shapes, costs_of, profile
-from moe.schedules import LayerPlan, LayerWork, Pipeline
-from moe.step_planning import Fixed, Planner, StepPlanning
+from moe.module_profile import Measuring, Points, Shapes, Timed, costs_of, profile
+from moe.pipelined_parts import Backward, Choices, Gate, Schedule, Travel
+from moe.schedules import LayerPlan, LayerWork
+from moe.step_planning import StepPlanning
 from moe.streams import Recorder, TaskRunner
 from moe.system import ExpertView, LayerSpec, MoELayer, MoEOutput
 from moe.trace import write_trace
-
-
-class Gate(Protocol):
-    """What a pipelined layer needs of its gate, a module whose call gives the `Routing` of tokens [T, M]; another thing
-    where the layer's class knows how to use it."""
-
-    weight: nn.Parameter
-
-    def __call__(self, x_TM: Tensor) -> Any:
-        """Route."""
-
-    def load(self, gate_EM: Tensor) -> None:
-        """Take the suite's matrix, [E, M]."""
-
-    def most_copies(self, num_tokens: int) -> int:
-        """Copies that a rank sends of so many tokens, at most."""
-
-
-class Backward(Protocol):
-    """What takes part in a layer's backward: slices of gradient are sent in it."""
-
-    def begins(self) -> None:
-        """Before the first task."""
-
-    def slice(self, chunk: int) -> dist.Work | None:
-        """In the middle, where the layer's plan has a slice."""
-
-    def ended(self) -> None:
-        """When the last task is issued."""
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """How a system pipelines its layers.
-
-    Args:
-        name: in results.
-        planner: decides degrees and slices.
-        pipeline: writes the tasks of a layer.
-        slices: whether dense gradients are reduced in slices during backward.
-    """
-
-    name: str
-    planner: Planner
-    pipeline: Pipeline
-    slices: bool = False
-
-
-@dataclass(frozen=True)
-class Choices:
-    """What a user may say of a pipelined layer.
-
-    Args:
-        fixed: degrees; the plan's where none are given.
-        profile: file that keeps measured costs; None keeps them in the process.
-        trace: folder for timelines, a file a rank, of the last step; None records none. Recording waits for the GPU.
-        dense_order: tokens become copies and copies tokens by matrix products (`moe.dense_order`).
-        expert_sharding: experts are spread over nodes and cut over the ranks of each (`moe.expert_sharding`).
-    """
-
-    fixed: Fixed = Fixed()
-    profile: Path | None = None
-    trace: Path | None = None
-    dense_order: bool = False
-    expert_sharding: bool = False
-
 
 _RECORDERS: dict[Path, Recorder] = {}
 """By folder of traces: the layers of a model share a timeline."""
@@ -136,6 +71,7 @@ class PipelinedMoE(MoELayer):
             links = Links(self.sharding.between, self.sharding.node, self.runner.asynchronous)
         self.pipeline = ExpertPipeline(experts, links, schedule.pipeline, self.runner)
         self._whole: list[ExpertView] | None = None  # while a checkpoint is written or read
+        self._points: Points = {}
         self.planning = StepPlanning([self], schedule.planner, choices.fixed)
         self.index = 0
         self._backward: Backward | None = None
@@ -148,35 +84,45 @@ class PipelinedMoE(MoELayer):
 
     def forward(self, x_TM: Tensor) -> MoEOutput:
         """Route this rank's tokens [T, M]. Collective over all ranks of the run in the first pass, which profiles."""
+        if self.index == 0 and self.runner.recorder is not None and torch.is_grad_enabled():
+            self.runner.recorder.clear()
+        plan = self.planning.layer_plan(self.index, len(x_TM))
+        work = self.work(len(x_TM))
+        return self.routed(x_TM, plan.degree, lambda copies_SM, queues: self._travel(copies_SM, queues, plan, work))
+
+    def routed(self, x_TM: Tensor, degree: int, travel: Travel) -> MoEOutput:
+        """Route tokens [T, M], whose copies travel as told. Collective."""
         routing = self.gate(x_TM)
-        return self.output(self.through_experts(x_TM, routing, len(x_TM)), routing)
+        return self.output(self.around(x_TM, routing, degree, travel), routing)
 
     def output(self, y_TM: Tensor, routing: Routing) -> MoEOutput:
         """What the layer returns, from its outputs [T, M]."""
         return MoEOutput(y_TM, routing.aux_loss, routing.counts_E, routing.num_dropped, routing.expert_ids_TK)
 
-    def through_experts(self, rows_NM: Tensor, routing: Routing, num_tokens: int) -> Tensor:
+    def around(self, rows_NM: Tensor, routing: Routing, degree: int, travel: Travel) -> Tensor:
         """The weighted sum of each row's experts, [N, M]. Collective.
 
         Args:
             rows_NM: [N, M], tokens, or what a gate makes of them.
             routing: of these rows.
-            num_tokens: T, of this rank.
+            degree: chunks in which their copies lie.
+            travel: what becomes of the copies.
         """
-        if self.index == 0 and self.runner.recorder is not None and torch.is_grad_enabled():
-            self.runner.recorder.clear()
-        plan = self.planning.layer_plan(self.index, num_tokens)
         links = self.pipeline.links
         queues = exchange_counts(routing, self.spec.num_experts, links.group, links.node)
-        order, inverse_NK = queues.travel_orders(plan.degree)
+        order, inverse_NK = queues.travel_orders(degree)
         dense = self.choices.dense_order
-        copies_SM = (dense_expand if dense else expand)(rows_NM, order, inverse_NK)
-        call = Call(queues, plan, self.work(num_tokens), self.index)
+        copies_SM = travel((dense_expand if dense else expand)(rows_NM, order, inverse_NK), queues)
+        return (dense_weighted_sum if dense else weighted_sum)(copies_SM, routing.weights_TK, order, inverse_NK)
+
+    def _travel(self, copies_SM: Tensor, queues: Queues, plan: LayerPlan, work: LayerWork) -> Tensor:
+        """Through the experts and back, as planned."""
+        call = Call(queues, plan, work, self.index)
         if self._backward is not None:
             call.slice, call.before_backward = self._backward.slice, self._backward.begins
         call.after_backward, call.tell_stage = self._after_backward, self._tell_stage
-        copies_SM = self.pipeline(copies_SM, call)
-        return (dense_weighted_sum if dense else weighted_sum)(copies_SM, routing.weights_TK, order, inverse_NK)
+        y_SM: Tensor = self.pipeline(copies_SM, call)
+        return y_SM
 
     def _tell_stage(self, direction: str, stage: str) -> None:
         for tell in self.stage_listeners or ():
@@ -229,7 +175,38 @@ class PipelinedMoE(MoELayer):
         """The profile that `costs` are fitted to. Collective over all ranks."""
         links = self.pipeline.links
         groups = [links.group] if links.node is None else [links.group, links.node]
-        return profile(self.mesh, self.shapes(num_tokens), groups, self.pipeline.experts, self.choices.profile)
+        outside = partial(self._outside, num_tokens)
+        measuring = Measuring(self.mesh, self.shapes(num_tokens), groups, self.pipeline.experts, outside)
+        devices = [self.mesh.device] if self.mesh.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):  # a gate may draw, and training must not depend on what was measured
+            self._points = profile(measuring, self.choices.profile)
+        return self._points
+
+    @property
+    def module_times(self) -> dict[str, list[tuple[float, float]]]:
+        """Of the profile, if the plan needed one."""
+        return {name: [(point.size, point.seconds) for point in points] for name, points in self._points.items()}
+
+    def _outside(self, num_tokens: int, fraction: float) -> Timed:
+        """What is neither exchanged nor in the experts, forward and backward, for a share of so many tokens; sizes are
+        bytes of the copies (`moe.layer_simulation.OUTSIDE`)."""
+        spec, num_tokens = self.spec, max(1, round(fraction * num_tokens))
+        generator = torch.Generator().manual_seed(self.mesh.rank)
+        x_TM = torch.randn(num_tokens, spec.model_dim, generator=generator).to(self.mesh.device, spec.dtype)
+        x_TM.requires_grad_()
+        outputs: list[MoEOutput] = []
+
+        def forward() -> None:
+            with torch.enable_grad():
+                outputs[:] = [self.routed(x_TM, 1, lambda copies_SM, _queues: copies_SM)]
+
+        def backward() -> None:
+            y_TM, wanted = outputs[0].y_TM, [x_TM, *self.gate.parameters()]
+            torch.autograd.grad(y_TM, wanted, torch.ones_like(y_TM), retain_graph=True, allow_unused=True)
+
+        forward()
+        copies_bytes = float(spec.model_dim * spec.dtype.itemsize * self.gate.most_copies(num_tokens))
+        return [(OUTSIDE, copies_bytes, forward), (f"{OUTSIDE}_backward", copies_bytes, backward)]
 
     def costs(self, num_tokens: int) -> dict[str, AlphaBeta]:
         """As `moe.step_planning.Plannable`."""

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
-from moe.expert_sharding import sharding_refusals
+from moe.exchange_costs import Counts
+from moe.expert_sharding import sharded_model, sharding_refusals
+from moe.layer_simulation import LayerModel, RoutedLayer
 from moe.mesh import Mesh
-from moe.pipelined_layer import Choices, PipelinedMoE, Schedule
+from moe.pipelined_layer import PipelinedMoE
+from moe.pipelined_parts import Choices, Schedule
+from moe.schedules import LayerWork, StepPlan
+from moe.simulator import Costs
 from moe.sliced_sync import SlicedSync
 from moe.step_planning import Fixed
 from moe.sync import GradientSync
@@ -73,6 +80,22 @@ class PipelinedSystem(System):
     def refusals(self, spec: LayerSpec, cluster: Cluster) -> list[str]:
         """Experts that can't be cut over this cluster's nodes."""
         return sharding_refusals(spec, cluster) if self.options.expert_sharding else []
+
+    def simulated_layer(self, layer: RoutedLayer) -> LayerModel:
+        """The schedule's own plan and order of tasks."""
+        counts_PE = self.simulated_counts(layer)
+        model = sharded_model(layer, counts_PE) if self.options.expert_sharding else layer.model(counts_PE)
+        schedule, fixed = self.schedule, self.choices.fixed
+
+        def planned(works: Sequence[LayerWork], costs: Costs, carried_bytes: float) -> StepPlan:
+            plan = schedule.planner(works, costs, carried_bytes)
+            return replace(plan, layers=tuple(map(fixed.over, plan.layers)))
+
+        return replace(model, planner=planned, pipeline=schedule.pipeline)
+
+    def simulated_counts(self, layer: RoutedLayer) -> Counts:
+        """[P, E], copies that travel."""
+        return layer.counts_PE
 
     def build_layer(self, spec: LayerSpec, mesh: Mesh) -> MoELayer:
         """The pipelined layer."""

@@ -19,6 +19,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
+from moe.layer_simulation import LayerModel, RoutedLayer
 from moe.mesh import Mesh
 from moe.sync import GradientSync
 from moe.topology import Cluster
@@ -172,6 +173,11 @@ class MoELayer(nn.Module, ABC):
         """Seconds of one dispatch by the system's own cost model, by the name of each alternative that it weighs."""
         return {}
 
+    @property
+    def module_times(self) -> dict[str, list[tuple[float, float]]]:
+        """What the layer measured of its modules to plan by: (size, seconds) by operation (`moe.module_profile`)."""
+        return {}
+
     def observations(self) -> dict[str, Tensor]:
         """Facts worth keeping beside a run's routing, by name; the same on all ranks."""
         return {}
@@ -272,6 +278,11 @@ class System(ABC):
         """Copies of an expert over all ranks, beside those that are trained, that a step computes with: weights and
         gradients in the dtype of the arithmetic. The mean over experts, for the estimate of memory."""
         return 0.0
+
+    def simulated_layer(self, layer: RoutedLayer) -> LayerModel:
+        """What a layer of this system does to a routing, for `moe.simulator`; by default what plain expert parallelism
+        does: every copy travels once each way."""
+        return layer.model(layer.counts_PE)
 
     @abstractmethod
     def build_layer(self, spec: LayerSpec, mesh: Mesh) -> MoELayer:

@@ -53,6 +53,7 @@ def expert_matrix(spec: LayerSpec, expert: int, name: str, device: torch.device 
 def load_layer(layer: MoELayer) -> None:
     """Fill a layer of any system with the suite's initial weights for its spec."""
     device = layer.mesh.device
-    layer.gate_weight.copy_(gate_matrix(layer.spec, device))
+    layer.set_gate(gate_matrix(layer.spec, device))
     for view in layer.expert_views():
-        view.view(view.parameter.data).copy_(expert_matrix(layer.spec, view.expert, view.name, device))
+        matrix = expert_matrix(layer.spec, view.expert, view.name, device)
+        view.view(view.parameter.data).copy_(view.part(matrix))

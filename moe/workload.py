@@ -91,14 +91,18 @@ def expert_ids(workload: Workload, num_tokens: int, num_experts: int, top_k: int
 
 
 def _replayed(path: str | None, num_tokens: int, num_experts: int, top_k: int, seed: int, rank: int) -> Tensor:
-    recorded_LTK = _recording(path, num_experts, top_k)
+    recorded_LTK = recording(path, num_experts, top_k)
     num_layers, num_recorded, _ = recorded_LTK.shape
     token_T = (rank * num_tokens + np.arange(num_tokens)) % num_recorded
     return torch.from_numpy(recorded_LTK[seed % num_layers, token_T, :top_k].astype(np.int64))
 
 
-def _recording(path: str | None, num_experts: int, top_k: int) -> np.ndarray:
-    """`sample_expert_ids` [layers, T_global, K or more] of a routing.npz, checked against what is asked for."""
+def recording(path: str | None, num_experts: int, top_k: int) -> np.ndarray:
+    """`sample_expert_ids` [layers, T_global, K or more] of a routing.npz, checked against what is asked for.
+
+    Raises:
+        ConfigError: there is none, or it does not fit.
+    """
 
     def refuse(rule: str, fix: str) -> ConfigError:
         return ConfigError(Problem("workload.path", path, rule, fix))

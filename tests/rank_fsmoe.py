@@ -19,7 +19,8 @@ from moe.errors import ConfigError
 from moe.mesh import Mesh, create_mesh
 from moe.metering import LinkMeter
 from moe.module_profile import costs_of
-from moe.pipelined_layer import PipelinedMoE, Schedule
+from moe.pipelined_layer import PipelinedMoE
+from moe.pipelined_parts import Schedule
 from moe.schedules import LayerPlan, StepPlan, fsmoe_pipeline
 from moe.simulator import Costs, Task
 from moe.sliced_sync import PLANNED_AFTER, SlicedSync

@@ -25,6 +25,7 @@ from experiments.config import (
     load_layer,
 )
 from experiments.experiment_files import experiments_for
+from experiments.simulated_cluster import SimulatedCluster
 from experiments.split import SPLIT_KEYS
 
 PRIMARY: dict[Kind, tuple[str, ...]] = {
@@ -41,6 +42,7 @@ GROUPS: dict[str, type[BaseModel] | None] = {
     "trainer": TrainerConfig,
     "workload": WorkloadConfig,
     "experiment": None,
+    "simulated": SimulatedCluster,
 }
 
 
@@ -130,7 +132,7 @@ def test_a_primary_config_lists_every_key(kind: Kind) -> None:
     assert set(compose(kind)) == set(SCHEMAS[kind].model_fields)
 
 
-@pytest.mark.parametrize("group", ["system", "model", "cluster"])
+@pytest.mark.parametrize("group", ["system", "model", "cluster", "simulated"])
 def test_the_name_inside_is_the_file_s(group: str) -> None:
     assert {choice: read(group, choice)["name"] for choice in choices(group)} == {name: name for name in choices(group)}
 

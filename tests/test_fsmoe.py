@@ -253,12 +253,15 @@ def test_every_module_is_measured_and_fitted(facts: dict[str, list[Facts]]) -> N
     for found in facts["profiles"]:
         assert found == facts["profiles"][0] | {"plan": found["plan"]}, "the ranks go by the same costs"
         points, (exchanged_bytes, work) = found["points"], found["work"]
-        assert set(points) == {"all_to_all", "all_reduce", "gemm", "gemm_backward"}
+        outside = {"outside", "outside_backward"}
+        assert set(points) == {"all_to_all", "all_reduce", "gemm", "gemm_backward"} | outside
         largest = {name: max(size for size, _ in measured) for name, measured in points.items()}
         assert exchanged_bytes == 4 * SPEC.top_k * NUM_TOKENS * SPEC.model_dim == largest["all_to_all"]
         assert work == SPEC.top_k * NUM_TOKENS * 2 * SPEC.model_dim * SPEC.hidden_dim == largest["gemm"]
         assert largest["gemm_backward"] == 2 * work
-        for name, calls in {"all_to_all": 1, "all_reduce": 1, "gemm": 2, "gemm_backward": 4}.items():
+        assert {largest[name] for name in outside} == {exchanged_bytes}
+        calls_of = {"all_to_all": 1, "all_reduce": 1, "gemm": 2, "gemm_backward": 4, **dict.fromkeys(outside, 1)}
+        for name, calls in calls_of.items():
             assert len(points[name]) >= 3
             fit = fit_alpha_beta(*zip(*points[name], strict=True))
             assert found["costs"][name] == [fit.alpha_s / calls, fit.beta_s_per_byte, fit.r2]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from analysis.style import GREY, PALE, caption, look_of, new_figure, panel
 
@@ -41,6 +42,10 @@ def validation_figure(rows: pd.DataFrame, error: float) -> Figure:
         handles[str(system)] = Line2D([], [], color=look.colour, marker=look.marker, ms=3.6, linestyle="none")
     axes.set_xscale("log")
     axes.set_yscale("log")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter(FuncFormatter(lambda value, _position: f"{value:g}"))
+        axis.set_minor_locator(NullLocator())
     axes.set_xlim(ends)
     axes.set_ylim(ends)
     axes.set_xlabel("step time of a layer, ms (measured: median, quartiles)")

@@ -19,6 +19,9 @@ VARIANTS = {
     "schemoe": "{name: pipelined, label: schemoe, schedule: schemoe, degree: 2, backward_degree: 4}",
     "sequential": "{name: pipelined, label: sequential, schedule: sequential}",
     "auto": "{name: fsmoe, label: auto}",
+    "cut": "{name: fsmoe, label: cut, expert_sharding: true, degree: 4, backward_degree: 3}",
+    "cut, one link": "{name: fsmoe, label: 'cut, one link', expert_sharding: true, schedule: fsmoe_no_iio}",
+    "dense order": "{name: fsmoe, label: dense order, order: dense, degree: 2}",
 }
 
 
@@ -48,6 +51,23 @@ def test_dispatches_run_beside_experts(tmp_path: Path) -> None:
             assert all(
                 at[f"dispatch {i}"]["ts"] + at[f"dispatch {i}"]["dur"] <= at[f"experts {i}"]["ts"] + 5 for i in range(4)
             )
+
+
+def test_gates_are_their_formulas(tmp_path: Path) -> None:
+    num_ranks = torch.cuda.device_count()
+    facts: dict[str, list[dict[str, Any]]] = run_ranks(
+        "tests.rank_fsmoe_gates:measure",
+        {},
+        num_ranks=num_ranks,
+        ranks_per_node=num_ranks,
+        device="cuda",
+        log_dir=tmp_path,
+        timeout_s=120,
+    )
+    for name, ranks in facts.items():
+        for found in ranks:
+            assert max(found["errors"].values()) < 1e-5, (name, found["errors"])
+            assert found["counts"] == found["expected_counts"], name
 
 
 def test_sliced_gradients_are_those_of_one_reduction(tmp_path: Path) -> None:
