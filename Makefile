@@ -11,7 +11,7 @@ STAMP := $(VENV)/ready-$(TORCH)
 SOURCES := $(wildcard moe baselines methods experiments analysis slurm tests)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv compare figures test test-gpu test-slurm lint format lock clean
+.PHONY: help venv compare figures report test test-gpu test-slurm lint format lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -27,6 +27,9 @@ compare: $(STAMP) ## compare the systems on this machine: table and figures in o
 
 figures: $(STAMP) ## make the papers' figures and tables again from results/ and outputs/, into outputs/figures
 	$(VENV)/bin/python -m analysis.figures $(ARGS)
+
+report: $(STAMP) ## write outputs/report.html: tables, figures, claims and every run's routing on one page
+	$(VENV)/bin/python -m analysis.report outputs $(ARGS)
 
 test: $(STAMP) ## run the whole test suite
 	$(VENV)/bin/python -m pytest -q $(ARGS)

@@ -33,6 +33,11 @@ def whole_file(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def files_under(root: Path) -> list[Path]:
+    """Every file under a folder, in order. A folder that vanishes meanwhile is passed over: runs may still write."""
+    return sorted(Path(folder) / name for folder, _, names in os.walk(root) for name in names)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write `text` as UTF-8, whole or not at all (see `whole_file`)."""
     with whole_file(path) as temporary:

@@ -11,6 +11,7 @@ import hashlib
 import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -207,8 +208,22 @@ def shortened(text: str, length: int) -> str:
     return textwrap.shorten(text, length, placeholder=" …") if len(text) > length else text
 
 
+_NO_DATE: dict[str, dict[str, Any]] = {"png": {"Software": None}, "pdf": {"CreationDate": None}}
+_KINDS: ContextVar[tuple[str, ...]] = ContextVar("_KINDS", default=tuple(_NO_DATE))
+
+
+@contextmanager
+def png_alone() -> Iterator[None]:
+    """Within this block `save` writes no PDF, which takes as long as the rest: for what only shows the figures."""
+    before = _KINDS.set(("png",))
+    try:
+        yield
+    finally:
+        _KINDS.reset(before)
+
+
 def save(figure: Figure, path: Path) -> None:
-    """Write a figure as `path`.png (200 dots per inch) and `path`.pdf (vector).
+    """Write a figure as `path`.png (200 dots per inch) and, outside of `png_alone`, `path`.pdf (vector).
 
     The same data give the same bytes: no date is stored.
 
@@ -218,6 +233,6 @@ def save(figure: Figure, path: Path) -> None:
     # Laid out once: both files show the same picture, and text keeps its place whatever the format's own metrics.
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
-    for suffix, metadata in ((".png", {"Software": None}), (".pdf", {"CreationDate": None})):
-        with whole_file(path.with_name(path.name + suffix)) as temporary:
-            figure.savefig(temporary, dpi=DPI, format=suffix[1:], metadata=metadata)
+    for kind in _KINDS.get():
+        with whole_file(path.with_name(f"{path.name}.{kind}")) as temporary:
+            figure.savefig(temporary, dpi=DPI, format=kind, metadata=_NO_DATE[kind])

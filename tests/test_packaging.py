@@ -186,10 +186,10 @@ def test_installed_versions_are_the_locked_ones(lock: dict[str, Requirement]) ->
 
 
 def test_every_import_is_declared(pyproject: dict) -> None:
-    rooms = pyproject["tool"]["setuptools"]["packages"]
-    files = [path for room in (*rooms, "tests") for path in (ROOT / room).rglob("*.py")]
+    rooms = {path.parent.name for path in ROOT.glob("*/__init__.py")}
+    files = [path for room in rooms for path in (ROOT / room).rglob("*.py")]
     imported = set().union(*(imported_names(path.read_text()) for path in files))
-    third_party = imported - {*rooms, "tests"} - UNREGISTERED - sys.stdlib_module_names
+    third_party = imported - rooms - UNREGISTERED - sys.stdlib_module_names
     assert "torch" in third_party
     assert undeclared(third_party, direct_dependencies(pyproject), metadata.packages_distributions()) == []
 
@@ -199,9 +199,24 @@ def test_compromised_lightning_releases_are_excluded(pyproject: dict) -> None:
     assert not any(lightning.specifier.contains(version) for version in ("2.6.2", "2.6.3"))
 
 
-def test_declared_packages_are_rooms_of_the_checkout(pyproject: dict) -> None:
-    rooms = {path.parent.name for path in ROOT.glob("*/__init__.py")} - {"tests"}
-    assert rooms <= set(pyproject["tool"]["setuptools"]["packages"])
+def test_the_base_install_is_the_analysis_side_without_torch(pyproject: dict) -> None:
+    room = {path.parent.relative_to(ROOT).as_posix().replace("/", ".") for path in ROOT.glob("analysis/**/__init__.py")}
+    assert set(pyproject["tool"]["setuptools"]["packages"]) == room
+    files = (path for path in (ROOT / "analysis").rglob("*.py") if path.parent.name != "notebooks")
+    third_party = set().union(*(imported_names(path.read_text()) for path in files)) - {"analysis"}
+    base = [Requirement(text) for text in pyproject["project"]["dependencies"]]
+    assert "torch" not in {requirement.name for requirement in base}
+    assert undeclared(third_party - sys.stdlib_module_names, base, metadata.packages_distributions()) == []
+
+
+def test_the_base_install_has_what_analysis_reads_beside_its_modules(pyproject: dict) -> None:
+    declared = {
+        (ROOT / package.replace(".", "/") / pattern).relative_to(ROOT).as_posix()
+        for package, patterns in pyproject["tool"]["setuptools"]["package-data"].items()
+        for pattern in patterns
+    }
+    there = {path for path in (ROOT / "analysis").rglob("*") if path.suffix in {".yaml", ".css", ".js", ".html"}}
+    assert declared == {path.relative_to(ROOT).as_posix() for path in there}
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from typing import NamedTuple
 from analysis.checks import COSMETIC, differences
 from analysis.compare import read_index
 from analysis.errors import ResultsError
+from analysis.files import files_under
 from analysis.load import Run, Samples, load_run, load_samples
 from analysis.machine import machine_of
 
@@ -99,6 +100,9 @@ class Found:
         return not (self.comparisons or self.layers or self.alike or self.files)
 
 
+_PASSED_OVER = {".tmp", "figures"}
+"""Folders that hold no results: drafts, and what `analysis.figures` wrote into outputs/ before."""
+
 TABLES = {"tables.csv", "table2.csv", "table5.csv", "contention.csv", *(f"fig{number}.csv" for number in (5, 6, 7, 8))}
 """File names of `experiments.hiermoe` and `experiments.simulate`."""
 
@@ -128,7 +132,7 @@ def look_into(roots: Iterable[Path]) -> Found:
 
 
 def _look_into(root: Path, found: Found) -> None:
-    files = sorted(path for path in root.rglob("*") if path.is_file() and ".tmp" not in path.parts)
+    files = [path for path in files_under(root) if not _PASSED_OVER & set(path.relative_to(root).parts)]
     part_of_comparison: set[Path] = set()
     for path in (path for path in files if path.name == "compare.json"):
         try:
