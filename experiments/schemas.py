@@ -91,7 +91,11 @@ class TrainerConfig(BaseModel):
         default=None, min_length=1, examples=["outputs/RUN_ID"], description="run or checkpoint folder to start from"
     )
     target_loss: float | None = Field(
-        default=None, gt=0, allow_inf_nan=False, examples=[4.0], description="nats per token to reach; null: none stated"
+        default=None,
+        gt=0,
+        allow_inf_nan=False,
+        examples=[4.0],
+        description="nats per token to reach; null: none stated",
     )
     timeout_s: float = Field(gt=0, allow_inf_nan=False, examples=[600], description="of one collective")
     progress: Literal["auto", "bar", "lines", "none"] = "auto"

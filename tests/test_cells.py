@@ -82,7 +82,7 @@ def test_what_a_run_leaves(config: Callable[..., RunConfig]) -> None:
     run_dir = run_dir_of(run)
     assert run_dir.path.name == run_id(run)
     files = {"config.yaml", "overrides.yaml", "manifest.json", "metrics.parquet", "routing.npz", "status.json"}
-    assert {path.name for path in run_dir.path.iterdir()} == files | {"logs", "checkpoints"}
+    assert {path.name for path in run_dir.path.iterdir()} == files | {"progress.jsonl", "logs", "checkpoints"}
     assert load_run(run_dir.config()) == run
     assert yaml.safe_load((run_dir.path / "overrides.yaml").read_text()) == ["seed=3"]
     state = run_dir.status()
