@@ -91,7 +91,8 @@ class Run:
             fanouts = [level["fanout"] for level in levels if isinstance(level, dict) and "fanout" in level]
             if fanouts and all(isinstance(fanout, int) for fanout in fanouts):
                 library = {"cpu": "gloo ", "cuda": "NCCL "}.get(str(cluster.get("device")), "")
-                here = " on one machine" if cluster.get("launch") in ("spawn", "netns") else ""
+                alone = self.manifest.get("num_machines", 1) == 1  # ranks that were joined may be on several
+                here = " on one machine" if alone and cluster.get("launch") in ("spawn", "netns") else ""
                 return f"{prod(fanouts)} {library}ranks{here}"
         return ""
 

@@ -12,6 +12,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from experiments.join import ranks_here
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 LOCK = REPOSITORY / "requirements" / "lock.txt"
 PACKAGES = (
@@ -50,13 +52,15 @@ def manifest(
 
 
 def facts() -> dict[str, Any]:
-    """Commit, versions, lock and machine, as plain data."""
+    """Commit, versions, lock and machine, as plain data; `num_machines` counts those that hold ranks."""
+    here = ranks_here(os.environ)
     return {
         "git": git_state(),
         "python": platform.python_version(),
         "versions": versions(),
         "lock_sha256": lock_sha256(),
         "hardware": hardware(),
+        "num_machines": 1 if here is None else here.num_nodes,
     }
 
 

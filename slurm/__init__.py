@@ -1,0 +1,1 @@
+"""Running the suite's experiments as jobs of Slurm."""

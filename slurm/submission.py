@@ -1,0 +1,124 @@
+"""Handing cells to Slurm: job arrays, through submitit, with the site's settings."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import submitit
+
+from experiments.allocation import Shape
+from moe.errors import ConfigError, Problem, SuiteError
+from slurm.job import REPOSITORY, run_cell
+from slurm.records import SweepFolder
+from slurm.scheduler import minutes_of
+
+SAVE_S = 120
+"""Seconds before a job's limit at which it is told to save; Slurm may be a minute early."""
+SBATCH_VARIABLES = {"time": "SBATCH_TIMELIMIT"}
+"""Options of sbatch whose environment variable is not SBATCH_<NAME>."""
+MAX_JOBS_OF_AN_ARRAY = 1000
+"""Slurm's default (MaxArraySize is one more)."""
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What every job of a sweep asks for.
+
+    Args:
+        shape: nodes, and tasks of each.
+        gpus_per_node: 0 for ranks on CPUs.
+        cpus_per_task: None leaves it to Slurm.
+        time: limit, as sbatch takes it.
+        max_parallel: jobs at once.
+        options: more options of sbatch, `{"partition": "gpu"}`; an empty value is an option without one.
+    """
+
+    shape: Shape
+    gpus_per_node: int
+    cpus_per_task: int | None
+    time: str
+    max_parallel: int
+    options: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def node_hours(self) -> float:
+        """Of one job, at most."""
+        return self.shape.num_nodes * minutes_of(self.time) / 60
+
+
+def site_variables() -> dict[str, str]:
+    """What slurm/site.env (or MOE_SITE_ENV) adds to this environment, as bash reads it; SuiteError if it can't."""
+    path = Path(os.environ.get("MOE_SITE_ENV", REPOSITORY / "slurm" / "site.env"))
+    if not path.is_file():
+        return {}
+    script = 'set -aeu; source "$1"; env -0'
+    done = subprocess.run(["bash", "-c", script, "bash", str(path)], capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise SuiteError(f"{path} can't be read by bash: {done.stderr.strip()}")
+    pairs = (entry.partition("=") for entry in done.stdout.split("\0") if entry)
+    return {name: value for name, _, value in pairs if name.startswith(("SBATCH_", "SLURM_", "MOE_"))}
+
+
+def submit(sweep: SweepFolder, numbers: Sequence[int], resources: Resources) -> dict[int, str]:
+    """Submit cells of a sweep as one array, and keep the job ids.
+
+    Args:
+        sweep: with its cells written.
+        numbers: of the cells to submit, one at least.
+        resources: of each job.
+
+    Returns:
+        Slurm's job id by cell.
+
+    Raises:
+        ConfigError: no Slurm here, or more jobs than an array holds.
+        SuiteError: sbatch refused; its words.
+    """
+    if shutil.which("srun") is None:
+        rule = "needs Slurm's commands, and srun is not on this machine"
+        raise ConfigError(Problem("slurm", "", rule, "submit from a login node; --dry-run works without"))
+    if len(numbers) > MAX_JOBS_OF_AN_ARRAY:
+        rule = f"is more jobs than an array of Slurm holds ({MAX_JOBS_OF_AN_ARRAY})"
+        raise ConfigError(Problem("cells", len(numbers), rule, "split the sweep"))
+    executor = submitit.SlurmExecutor(folder=sweep.path / "submitit", python=f"exec {shlex.quote(sys.executable)}")
+    executor.update_parameters(**parameters(sweep, resources))
+    for name in ("time", *resources.options):
+        os.environ.pop(SBATCH_VARIABLES.get(name, f"SBATCH_{name.upper().replace('-', '_')}"), None)
+    try:
+        jobs = executor.map_array(run_cell, [str(sweep.cell_folder(number)) for number in numbers])
+    except (submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError) as error:
+        raise SuiteError(f"sbatch refused: {error}") from error
+    submitted = {number: job.job_id for number, job in zip(numbers, jobs, strict=True)}
+    sweep.add_submission(submitted)
+    return submitted
+
+
+def parameters(sweep: SweepFolder, resources: Resources) -> dict[str, object]:
+    """Of submitit's executor."""
+    options: dict[str, object] = {name: value or True for name, value in resources.options.items()}
+    more = {"signal": f"B:USR2@{SAVE_S}", "requeue": True, "time": resources.time, **options}
+    found: dict[str, object] = {
+        "job_name": "moe-" + "".join(c if c.isalnum() else "-" for c in sweep.path.name),
+        "nodes": resources.shape.num_nodes,
+        "ntasks_per_node": resources.shape.ranks_per_node,
+        "cpus_per_task": resources.cpus_per_task,
+        "gpus_per_node": resources.gpus_per_node or None,
+        "array_parallelism": resources.max_parallel,
+        "stderr_to_stdout": True,
+        "use_srun": False,  # the job's own process starts the ranks
+        "setup": [
+            "trap '' USR2  # until Python listens",
+            f"cd {shlex.quote(str(REPOSITORY))}",
+            "source slurm/job.env",
+            f"export PYTHONPATH={shlex.quote(str(REPOSITORY))}${{PYTHONPATH:+:$PYTHONPATH}}",
+        ],
+        "additional_parameters": more,
+    }
+    return {name: value for name, value in found.items() if value is not None}
