@@ -43,7 +43,8 @@ class Options(BaseModel):
 
     Args:
         mode: how it is built in: `fastmoe` drops nothing and exchanges counts; `deepspeed` gives every pair of a rank
-            and an expert a static capacity in proportion to the target, known to all.
+            and an expert a static capacity in proportion to the target, known to all; `auto` is `deepspeed` where the
+            model has a capacity factor.
         gate: what a rank has of its own: a `bias` on the gate's logits; its whole gate (`local`; the released code); or
             nothing (`synchronised`), the negative control.
         average_every: steps after which local gates are averaged over ranks (released code: 1000); null: never.
@@ -57,7 +58,7 @@ class Options(BaseModel):
     """
 
     model_config = ConfigDict(extra="forbid")
-    mode: Literal["fastmoe", "deepspeed"] = "fastmoe"
+    mode: Literal["auto", "fastmoe", "deepspeed"] = "auto"
     gate: Literal["bias", "local", "synchronised"] = "bias"
     average_every: int | None = Field(default=None, ge=1, examples=[1000])
     bias_scale: float = Field(default=10.0, gt=0, allow_inf_nan=False)
@@ -189,7 +190,8 @@ class TopologyAwareMoE(NativeMoE):
         if not is_even:
             penalty_P = penalties(self.shares_PP, options.norm)[mesh.ep_rank]
             penalty_E = torch.from_numpy(penalty_P.repeat(spec.num_experts // mesh.ep_size)).float().to(mesh.device)
-        capacities = StaticCapacities(spec, self.shares_PP) if options.mode == "deepspeed" else None
+        has_slots = options.mode != "fastmoe" and spec.capacity_factor is not None
+        capacities = StaticCapacities(spec, self.shares_PP) if has_slots else None
         own_bias = options.gate == "bias" and not is_even
         gate = TopologyGate(spec, mesh, penalty_E, capacities, own_bias, options.bias_scale)
         dispatcher: Dispatcher = (

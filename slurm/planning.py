@@ -53,7 +53,7 @@ def plan(overrides: Sequence[str], shape: Shape, kind: Kind | None = None, share
     systems, by label or name, and its seeds; a system that it does not list comes with its defaults.
 
     Args:
-        overrides: as typed; `key=a,b` sweeps.
+        overrides: as typed; `key=a,b` sweeps. Without `cluster=` that is `auto`, whatever an experiment's is.
         shape: of every job.
         kind: the entry point; None: what the experiment is for, else `compare` with `share`, else `train`.
         share: cells of one comparison share an allocation.
@@ -61,6 +61,8 @@ def plan(overrides: Sequence[str], shape: Shape, kind: Kind | None = None, share
     Raises:
         ConfigError: with the problems of all cells.
     """
+    if not _values(overrides, "cluster"):
+        overrides = [*overrides, "cluster=auto"]
     kind = kind or _kind_of(overrides, share)
     if share and kind != "compare":
         rule = f"only a comparison has cells that can share an allocation, and this is experiments.{kind}"

@@ -25,6 +25,10 @@ from slurm.scheduler import is_live, minutes_of, queued
 from slurm.submission import Resources, site_variables, submit
 
 
+TIME = "1:00:00"
+"""Of a job that nobody said more about; a run that needs longer is requeued."""
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command."""
     parser = _parser()
@@ -45,7 +49,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--gpus-per-node", type=_positive, default=0, help="a task for each")
     parser.add_argument("--tasks-per-node", type=_positive, help="ranks of a node, without GPUs")
     parser.add_argument("--cpus-per-task", type=_positive)
-    parser.add_argument("--time", help="limit of one job, as sbatch takes it; or SBATCH_TIMELIMIT of slurm/site.env")
+    parser.add_argument(
+        "--time", help=f"limit of one job, as sbatch takes it; default: SBATCH_TIMELIMIT of slurm/site.env, else {TIME}"
+    )
     parser.add_argument("--max-parallel", type=_positive, default=16, help="jobs at once")
     parser.add_argument(
         "--share-allocation", action="store_true", help="the runs of one comparison in one job, timed in turn"
@@ -68,7 +74,13 @@ def _sweep(options: argparse.Namespace) -> None:
     resources = _resources(options)
     sweep = SweepFolder(sweeps_dir() / _name(options.name))
     cells = plan(options.overrides, resources.shape, options.entry, options.share_allocation)
-    busy = jobs_at_work()
+    try:
+        busy = jobs_at_work()
+    except SuiteError as error:
+        if not options.dry_run:
+            raise
+        print(f"as if no job were in the queue: {error}", file=sys.stderr, flush=True)
+        busy = {}
     print(table(cells, busy, resources), flush=True)
     waiting = [cell for cell in cells if cell.to_run and not job_of(cell, busy)]
     if options.dry_run:
@@ -96,10 +108,7 @@ def _resources(options: argparse.Namespace) -> Resources:
     if not size:
         rule = "nobody said how many ranks a node has"
         raise ConfigError(Problem("--gpus-per-node", "", rule, "say --gpus-per-node, or on CPUs --tasks-per-node"))
-    time = options.time or os.environ.get("SBATCH_TIMELIMIT")
-    if not time:
-        rule = "nobody said how long a job may take"
-        raise ConfigError(Problem("--time", "", rule, "say --time 4:00:00, or SBATCH_TIMELIMIT in slurm/site.env"))
+    time = options.time or os.environ.get("SBATCH_TIMELIMIT") or TIME
     minutes_of(time)
     more = {name: value for name, _, value in (text.lstrip("-").partition("=") for text in options.sbatch)}
     shape = Shape(options.nodes, size, "cuda" if options.gpus_per_node else "cpu")

@@ -108,9 +108,9 @@ def test_what_is_complete_is_left_out_unless_forced(base: list[str]) -> None:
 
 
 def test_a_refusal_is_a_result_and_no_job(base: list[str]) -> None:
-    cells = plan([*base, "system=ta_moe,flat", "model.capacity_factor=1.0"], TWO_NODES)
+    cells = plan([*base, "system=megatron,flat"], TWO_NODES)
     refused = [cell for cell in cells if cell.refusals]
-    assert labels(refused) == ["system=ta_moe"]
+    assert labels(refused) == ["system=megatron"]
     assert not refused[0].to_run
     write_refusals(cells, TWO_NODES)
     status = RunDir(refused[0].cell.folders[0]).status()

@@ -90,7 +90,7 @@ def test_what_is_in_the_queue_is_not_submitted_twice(
 def test_what_is_complete_or_refused_gets_no_job(
     sbatch: Path, tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    told = tiny(tmp_path / "out", text, "cluster=auto", "system=ta_moe", "model.capacity_factor=1.0")
+    told = tiny(tmp_path / "out", text, "cluster=auto", "system=ta_moe", "system.mode=fastmoe", "model.capacity_factor=1.0")
     sweep.main([*told, "--tasks-per-node", "2", "--time", "10"])
     printed = capsys.readouterr().out
     assert "0 of 1 cells to run" in printed
@@ -104,8 +104,10 @@ def test_a_dry_run_writes_nothing_and_needs_no_slurm(
 ) -> None:
     monkeypatch.setenv("MOE_SWEEPS_DIR", str(tmp_path / "sweeps"))
     monkeypatch.setattr(submission.shutil, "which", lambda _name: None)
-    told = [*tiny(tmp_path / "out", text, "cluster=auto"), "--gpus-per-node", "2", "--nodes", "2", "--time", "30"]
+    told = [*tiny(tmp_path / "out", text), "--gpus-per-node", "2", "--nodes", "2"]
     sweep.main([*told, "--dry-run"])
+    assert "1 of 1 cells to run, each on 2 nodes x 2 GPUs for at most 1:00:00" in capsys.readouterr().out
+    sweep.main([*told, "--dry-run", "--time", "30"])
     assert "1 of 1 cells to run, each on 2 nodes x 2 GPUs for at most 30" in capsys.readouterr().out
     assert not (tmp_path / "sweeps").exists()
     assert not (tmp_path / "out").exists()
@@ -115,7 +117,6 @@ def test_a_dry_run_writes_nothing_and_needs_no_slurm(
     ("options", "message"),
     [
         (["--time", "10"], r"--gpus-per-node=: nobody said how many ranks a node has\. Fix: say --gpus-per-node"),
-        (["--tasks-per-node", "2"], r"--time=: nobody said how long a job may take\. Fix: say --time"),
         (["--tasks-per-node", "2", "--time", "soon"], r"--time=soon: is no time limit that is known here\. Fix: write"),
         (["--gpus-per-node", "4", "--tasks-per-node", "2", "--time", "1"], r"--tasks-per-node=2: one task a GPU"),
         (["--tasks-per-node", "2", "--time", "1", "--name", "a/b"], r"--name=a/b: is the name of a folder"),

@@ -159,7 +159,7 @@ def test_static_capacities_sum_to_what_a_rank_sends_and_an_expert_takes() -> Non
         ({}, cluster_of([2, 2]), None, "needs the cost of the levels node and network of cluster ad_hoc"),
         ({"self_cost": "own"}, cluster_of([4]), None, "needs the cost of the levels self and node"),
         ({"mode": "deepspeed"}, CLUSTER, None, "needs a capacity factor"),
-        ({}, CLUSTER, 1.25, "drops nothing"),
+        ({"mode": "fastmoe"}, CLUSTER, 1.25, "drops nothing"),
         ({"average_every": 5}, CLUSTER, None, "averages local gates only"),
     ],
 )
