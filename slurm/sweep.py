@@ -24,7 +24,6 @@ from slurm.records import SweepFolder, all_sweeps, sweeps_dir
 from slurm.scheduler import is_live, minutes_of, queued
 from slurm.submission import Resources, site_variables, submit
 
-
 TIME = "1:00:00"
 """Of a job that nobody said more about; a run that needs longer is requeued."""
 

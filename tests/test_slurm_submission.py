@@ -90,7 +90,9 @@ def test_what_is_in_the_queue_is_not_submitted_twice(
 def test_what_is_complete_or_refused_gets_no_job(
     sbatch: Path, tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    told = tiny(tmp_path / "out", text, "cluster=auto", "system=ta_moe", "system.mode=fastmoe", "model.capacity_factor=1.0")
+    told = tiny(
+        tmp_path / "out", text, "cluster=auto", "system=ta_moe", "system.mode=fastmoe", "model.capacity_factor=1.0"
+    )
     sweep.main([*told, "--tasks-per-node", "2", "--time", "10"])
     printed = capsys.readouterr().out
     assert "0 of 1 cells to run" in printed
