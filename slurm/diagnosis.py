@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from experiments.failures import Report, error_of, root_cause
+from experiments.failures import REASON_LENGTH, TIMED_OUT, Report, error_of, root_cause
 from experiments.results import RunStatus
 from moe.errors import SuiteError
 
@@ -52,6 +52,34 @@ class Evidence:
     timeout_s: float
 
 
+def failed_by_itself(evidence: Evidence) -> bool:
+    """Whether a rank said that it failed, or crashed without a word: the end of the others is a consequence."""
+    reports = read_reports(evidence.folders)
+    return any(report.kind in OWN_KINDS for report in reports) or _crash(_deaths(_lines(evidence))) is not None
+
+
+class _Death(NamedTuple):
+    """What srun says of a task: `Killed`, `Segmentation fault`, `Exited with exit code 1`."""
+
+    node: str
+    task: str
+    how: str
+
+
+def _lines(evidence: Evidence) -> list[str]:
+    return [line.strip() for path, start in evidence.logs.items() for line in tail(path, start).splitlines()]
+
+
+def _deaths(lines: Iterable[str]) -> list[_Death]:
+    return [_Death(found[1], found[2], found[3]) for line in lines if (found := ENDED.match(line))]
+
+
+def _crash(deaths: Iterable[_Death]) -> _Death | None:
+    """The first task that died by a signal of its own; srun ends the others by SIGTERM or SIGKILL."""
+    consequences = ("Killed", "Terminated", "Exited")
+    return next((death for death in deaths if not death.how.startswith((*consequences, "Out Of Memory"))), None)
+
+
 def verdict(evidence: Evidence) -> Verdict:
     """The one cause that explains the rest: what a rank says of itself, then memory, a lost node, a killed task, and
     last what ranks say of one another."""
@@ -59,27 +87,29 @@ def verdict(evidence: Evidence) -> Verdict:
     own = [report for report in reports if report.kind in OWN_KINDS]
     if own:
         return _told(root_cause(own), evidence)
-    texts = {path: tail(path, start) for path, start in evidence.logs.items()}
-    lines = [line.strip() for text in texts.values() for line in text.splitlines()]
+    lines = _lines(evidence)
     if evidence.exit_code and (memory := [line for line in lines if OUT_OF_MEMORY.search(line)]):
         return Verdict("oom", f"Slurm ended the ranks for want of memory: {memory[0]}")
     if lost := next((found for line in lines if (found := NODE_LOST.search(line))), None):
         return Verdict("failed", f"node {lost[1] or lost[2]} failed, says Slurm")
-    deaths = [(found[1], found[2], found[3]) for line in lines if (found := ENDED.match(line))]
-    killed = next(((node, task) for node, task, how in deaths if how.startswith("Killed")), None)
-    if killed is not None:
-        node, task = killed
+    deaths = _deaths(lines)
+    if crash := _crash(deaths):
+        said = next((line for line in lines if TIMED_OUT.search(line)), None)
+        how = f"task {crash.task} on {crash.node}: {crash.how}"
+        return Verdict("failed", how) if said is None else Verdict("timeout", f"{said[:REASON_LENGTH]} ({how})")
+    if killed := next((death for death in deaths if death.how.startswith("Killed")), None):
+        node, task, _ = killed
         if evidence.oom_kills > 0:
             meanwhile = "and the kernel killed for want of memory meanwhile"
             return Verdict("oom", f"task {task} on {node} was killed by signal 9, {meanwhile}")
         return Verdict("failed", f"task {task} on {node} was killed by signal 9, by nobody who left a word")
-    if any(how.startswith("Terminated") for _, _, how in deaths):
+    if any(death.how.startswith("Terminated") for death in deaths):
         return Verdict("interrupted", "the ranks were ended by SIGTERM before they could save")
     if reports:
         return _told(root_cause(reports), evidence)
-    how = f": task {deaths[0][1]} on {deaths[0][0]}: {deaths[0][2]}" if deaths else ""
-    last = next((line for text in texts.values() for line in reversed(text.splitlines()) if line.strip()), "nothing")
-    return Verdict("failed", f"srun ended with exit code {evidence.exit_code}{how}; the last line: {last.strip()}")
+    how = f": task {deaths[0].task} on {deaths[0].node}: {deaths[0].how}" if deaths else ""
+    last = next((line for line in reversed(lines) if line), "nothing")
+    return Verdict("failed", f"srun ended with exit code {evidence.exit_code}{how}; the last line: {last}")
 
 
 def _told(report: Report, evidence: Evidence) -> Verdict:

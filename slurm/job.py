@@ -23,7 +23,7 @@ from experiments.ranks import GIVEN_UP, JOB_STOP_FILE
 from experiments.results import RunDir, Status
 from moe.errors import SuiteError
 from slurm import scheduler
-from slurm.diagnosis import Evidence, Verdict, report_files, sizes, tail, verdict
+from slurm.diagnosis import Evidence, Verdict, failed_by_itself, report_files, sizes, tail, verdict
 from slurm.records import Cell, CellLog, read_events
 from slurm.watchdog import WATCHDOG_S, silence_allowed_s, whereabouts
 
@@ -103,9 +103,10 @@ class Job:
                 return self._summary()
             if exit_code == 0:
                 return Verdict("failed", f"srun ended well, and {unfinished.path} is not done")
-            if self.stop_file.exists():
-                return Verdict("interrupted", f"stopped by {self._stopped_by}")
             evidence = self._evidence(exit_code, count_oom_kills() - oom_kills)
+            # Ranks that srun ends after another one failed get SIGTERM, too, and take it for a request to stop.
+            if self.stop_file.exists() and (self._received or not failed_by_itself(evidence)):
+                return Verdict("interrupted", f"stopped by {self._stopped_by}")
             cause = self.hang or self._own_word(unfinished, before) or verdict(evidence)
             if cause.status == "interrupted":
                 return cause
@@ -132,6 +133,8 @@ class Job:
     def _start(self) -> subprocess.Popen[bytes]:
         for path in report_files(self._report_folders()):
             path.unlink()
+        if not self._received:
+            self.stop_file.unlink(missing_ok=True)
         self._log_sizes, self._started = sizes(self.folder), time.time()
         with (self.folder / "srun.log").open("ab") as log:
             return subprocess.Popen(
@@ -220,7 +223,7 @@ class Job:
         hosts = [host for host in names for _ in range(size)]
         logs = {rank: self.folder / f"rank{rank}.log" for rank in range(len(hosts))}
         before = sizes(self.folder)
-        scheduler.signal_tasks(self.allocation.step_id, "QUIT")
+        scheduler.signal_tasks(self.allocation.job, "QUIT")
         time.sleep(DUMP_S)
         dumps = {rank: tail(path, before.get(path, 0)) for rank, path in logs.items()}
         silence_s = time.time() - lines[-1].when

@@ -26,7 +26,6 @@ class Allocation:
 
     Args:
         job: Slurm's id, `12_3` in an array: the only form that means one job of an array to every command.
-        step_id: the number that Slurm's steps are called by.
         restarts: how often it was requeued.
         hosts: names of its nodes, in the order of the ranks.
         tasks: tasks of each node, as asked for.
@@ -35,7 +34,6 @@ class Allocation:
     """
 
     job: str
-    step_id: str
     restarts: int
     hosts: list[str]
     tasks: list[int]
@@ -60,11 +58,9 @@ def allocation_of(env: Mapping[str, str]) -> Allocation:
     if "SLURM_JOB_ID" not in env:
         rule = "must run in a job of Slurm, and SLURM_JOB_ID is not set"
         raise ConfigError(Problem("python -m slurm.batch", "", rule, "sbatch slurm/train.sbatch key=value ..."))
-    step_id = env["SLURM_JOB_ID"]
     in_array = "SLURM_ARRAY_JOB_ID" in env
     return Allocation(
-        job=f"{env['SLURM_ARRAY_JOB_ID']}_{env['SLURM_ARRAY_TASK_ID']}" if in_array else step_id,
-        step_id=step_id,
+        job=f"{env['SLURM_ARRAY_JOB_ID']}_{env['SLURM_ARRAY_TASK_ID']}" if in_array else env["SLURM_JOB_ID"],
         restarts=int(env.get("SLURM_RESTART_COUNT", "0")),
         hosts=hostnames(env["SLURM_JOB_NODELIST"]),
         tasks=tasks_per_node(env["SLURM_TASKS_PER_NODE"]),
@@ -121,9 +117,10 @@ def requeue(job: str) -> str:
     return _command("scontrol", "requeue", job).stderr.strip()
 
 
-def signal_tasks(step_id: str, name: str) -> None:
-    """Send a signal to all tasks of a job's steps, and not to its batch step."""
-    _command("scancel", f"--signal={name}", step_id)
+def signal_tasks(job: str, name: str) -> None:
+    """Send a signal to all tasks of a job's steps, and not to its batch step. Of an array's job the id is `12_3`: its
+    SLURM_JOB_ID can be the whole array's."""
+    _command("scancel", f"--signal={name}", job)
 
 
 def leaf_switches(hosts: Iterable[str]) -> list[str]:
@@ -168,7 +165,13 @@ def minutes_of(time_limit: str) -> int:
 def _command(*words: str) -> subprocess.CompletedProcess[str]:
     try:
         return subprocess.run(
-            words, capture_output=True, text=True, check=False, timeout=COMMAND_TIMEOUT_S, stdin=subprocess.DEVNULL
+            words,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=COMMAND_TIMEOUT_S,
+            stdin=subprocess.DEVNULL,
+            env={**os.environ, "SLURM_TIME_FORMAT": "standard"},
         )
     except FileNotFoundError:
         return subprocess.CompletedProcess(words, 127, "", f"{words[0]}: no such command on this machine")

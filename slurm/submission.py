@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -38,6 +39,9 @@ class Resources:
         time: limit, as sbatch takes it.
         max_parallel: jobs at once.
         options: more options of sbatch, `{"partition": "gpu"}`; an empty value is an option without one.
+
+    Raises:
+        ConfigError: an option that could be more than one, or no time limit.
     """
 
     shape: Shape
@@ -46,6 +50,13 @@ class Resources:
     time: str
     max_parallel: int
     options: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        minutes_of(self.time)
+        for name, value in self.options.items():  # they become lines of a script
+            if not re.fullmatch(r"[a-z][a-z0-9-]*", name, re.ASCII) or not (value + "x").isprintable():
+                rule = "is no option of sbatch: a name of small letters, digits and `-`, and a value on one line"
+                raise ConfigError(Problem("--sbatch", f"{name}={value}", rule, "write --sbatch partition=gpu"))
 
     @property
     def node_hours(self) -> float:
@@ -58,7 +69,7 @@ def site_variables() -> dict[str, str]:
     path = Path(os.environ.get("MOE_SITE_ENV", REPOSITORY / "slurm" / "site.env"))
     if not path.is_file():
         return {}
-    script = 'set -aeu; source "$1"; env -0'
+    script = 'set -ae; source "$1"; env -0'
     done = subprocess.run(["bash", "-c", script, "bash", str(path)], capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise SuiteError(f"{path} can't be read by bash: {done.stderr.strip()}")

@@ -21,7 +21,7 @@ from experiments.cli import EXIT_CONFIG, EXIT_FAILED, error_text
 from moe.errors import ConfigError, Problem, SuiteError
 from slurm.planning import ENTRY_POINTS, PlannedCell, plan, write_refusals
 from slurm.records import SweepFolder, all_sweeps, sweeps_dir
-from slurm.scheduler import is_live, minutes_of, queued
+from slurm.scheduler import is_live, queued
 from slurm.submission import Resources, site_variables, submit
 
 TIME = "1:00:00"
@@ -108,7 +108,6 @@ def _resources(options: argparse.Namespace) -> Resources:
         rule = "nobody said how many ranks a node has"
         raise ConfigError(Problem("--gpus-per-node", "", rule, "say --gpus-per-node, or on CPUs --tasks-per-node"))
     time = options.time or os.environ.get("SBATCH_TIMELIMIT") or TIME
-    minutes_of(time)
     more = {name: value for name, _, value in (text.lstrip("-").partition("=") for text in options.sbatch)}
     shape = Shape(options.nodes, size, "cuda" if options.gpus_per_node else "cpu")
     return Resources(shape, options.gpus_per_node, options.cpus_per_task, time, options.max_parallel, more)

@@ -18,9 +18,17 @@ from moe.errors import ConfigError, Problem, SuiteError
 from slurm.planning import folders_of
 from slurm.records import Cell
 
+LAUNCHER_VARIABLES = (
+    *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "NODE_RANK", "GROUP_RANK"),
+    *("MASTER_ADDR", "MASTER_PORT"),
+)
+"""Of torchrun. srun started this task, so they are a login shell's or a container hook's, and not about these ranks."""
+
 
 def main(folder: Path) -> None:
     """Do what the cell says, as this rank. What fails is a report in its folder, and an exit code."""
+    for name in LAUNCHER_VARIABLES:
+        os.environ.pop(name, None)
     faulthandler.enable()
     faulthandler.register(signal.SIGQUIT, all_threads=True)  # the watchdog asks where we are
     cell = Cell.load(folder)

@@ -29,13 +29,17 @@ def silence_allowed_s(lines: Sequence[Line], watchdog_s: float) -> float | None:
 
     Returns:
         None: anything. So it is before the first training step and while the run validates or saves, where the limit
-        of a collective (`trainer.timeout_s`) holds.
+        of a collective (`trainer.timeout_s`) holds. After the first step alone the time up to it counts.
     """
     if watchdog_s <= 0 or not lines or lines[-1].phase != "training":
         return None
-    pairs = zip(lines, lines[1:], strict=False)
-    longest = max((later.when - line.when for line, later in pairs if line.phase == "training"), default=0.0)
-    return max(watchdog_s, PATIENCE * longest)
+    gaps = {
+        phase: [
+            b.when - a.when for a, b in zip(lines, lines[1:], strict=False) if (a.phase, b.phase) == (phase, "training")
+        ]
+        for phase in ("training", "starting")
+    }
+    return max(watchdog_s, PATIENCE * max(gaps["training"] or gaps["starting"], default=0.0))
 
 
 def whereabouts(dumps: Mapping[int, str], hosts: Sequence[str]) -> str:

@@ -19,6 +19,10 @@ from slurm.watchdog import place, silence_allowed_s, whereabouts
 
 KILLED = "srun: error: n1: task 3: Killed\nsrun: launch/slurm: _step_signal: Terminating StepId=3.0\n"
 OVER_LIMIT = "slurmstepd-n1: error: StepId=2.0 exceeded memory limit (328294400 > 314572800), being killed\n"
+CRASHED = (
+    "srun: error: n1: task 3: Segmentation fault (core dumped)\n"
+    "srun: error: n0: tasks 0-1: Terminated\nsrun: error: n1: task 2: Killed\n"
+)
 LOST = Report(0, "lost_peer", "RuntimeError: Connection closed by peer", 1.0)
 
 
@@ -52,6 +56,8 @@ def ended(
         ("", "slurmstepd: error: Detected 1 oom-kill event(s) in StepId=7.0.\n", 0, "oom", "Detected 1 oom-kill event"),
         ("srun: error: Node failure on n1\n", "", 0, "failed", "node n1 failed, says Slurm"),
         ("srun: error: n0: tasks 0-1: Terminated\n", "", 0, "interrupted", "ended by SIGTERM before they could save"),
+        (CRASHED, "", 0, "failed", "task 3 on n1: Segmentation fault (core dumped)"),
+        (CRASHED, "Watchdog caught collective operation timeout\n", 0, "timeout", "operation timeout (task 3 on n1: Segmentation"),
         (
             "srun: error: n0: task 0: Exited with exit code 3\n",
             "",
@@ -108,7 +114,9 @@ def lines(*told: tuple[float, str]) -> list[Line]:
     [
         (lines(), None),
         (lines((0, "starting")), None),
-        (lines((0, "starting"), (40, "training")), 90),
+        (lines((0, "starting"), (40, "training")), 200),
+        (lines((0, "starting"), (5, "training")), 90),
+        (lines((0, "starting"), (200, "training"), (210, "training")), 90),
         (lines((0, "starting"), (40, "training"), (60, "training")), 100),
         (lines((0, "training"), (5, "saving"), (300, "training"), (305, "training")), 90),
         (lines((0, "training"), (5, "saving")), None),

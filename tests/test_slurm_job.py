@@ -109,7 +109,7 @@ def start(tmp_path: Path, asked: Asked, monkeypatch: pytest.MonkeyPatch) -> Star
         text = textwrap.dedent(HEAD) + textwrap.dedent(program)
         monkeypatch.setattr(Job, "_command", lambda _job: [sys.executable, "-c", text, *folders])
         monkeypatch.setattr(Job, "_nodes_answer", lambda _job: True)
-        return Job(folder, Allocation("7_0", "9", restarts, ["n0"], [2], 0, None))
+        return Job(folder, Allocation("7_0", restarts, ["n0"], [2], 0, None))
 
     return make
 
@@ -256,7 +256,7 @@ def test_the_command_of_the_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("MOE_TASK", "apptainer exec --nv image.sif python")
     folder = tmp_path / "50% of it"
     Cell(0, "x", "train", {}, [], [str(tmp_path / "run")], 8, False, Shape(2, 4, "cuda"), str(tmp_path)).save(folder)
-    command = Job(folder, Allocation("7", "7", 0, ["n0", "n1"], [4, 4], 4, 8))._command()
+    command = Job(folder, Allocation("7", 0, ["n0", "n1"], [4, 4], 4, 8))._command()
     asked = ("--nodes=2", "--ntasks=8", "--ntasks-per-node=4", "--cpus-per-task=8", "--kill-on-bad-exit=1")
     for option in (*asked, "--distribution=block", f"--output={tmp_path}/50%% of it/rank%t.log"):
         assert option in command

@@ -40,7 +40,7 @@ def says(monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[int, str, str]]:
 
 def test_an_allocation() -> None:
     allocation = allocation_of(JOB)
-    assert (allocation.job, allocation.step_id, allocation.restarts) == ("44", "44", 2)
+    assert (allocation.job, allocation.restarts) == ("44", 2)
     assert allocation.hosts == ["n0", "n1"]
     assert allocation.shape == Shape(2, 4, "cpu")
     with_gpus = allocation_of({**JOB, "SLURM_GPUS_ON_NODE": "4", "SLURM_CPUS_PER_TASK": "8"})
@@ -50,8 +50,7 @@ def test_an_allocation() -> None:
 
 def test_a_job_of_an_array_is_called_by_both_numbers() -> None:
     """The last job of an array has the array's own number, which alone would mean all of them."""
-    allocation = allocation_of({**JOB, "SLURM_ARRAY_JOB_ID": "44", "SLURM_ARRAY_TASK_ID": "3"})
-    assert (allocation.job, allocation.step_id) == ("44_3", "44")
+    assert allocation_of({**JOB, "SLURM_ARRAY_JOB_ID": "44", "SLURM_ARRAY_TASK_ID": "3"}).job == "44_3"
 
 
 @pytest.mark.parametrize(

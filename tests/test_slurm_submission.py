@@ -121,6 +121,11 @@ def test_a_dry_run_writes_nothing_and_needs_no_slurm(
         (["--time", "10"], r"--gpus-per-node=: nobody said how many ranks a node has\. Fix: say --gpus-per-node"),
         (["--tasks-per-node", "2", "--time", "soon"], r"--time=soon: is no time limit that is known here\. Fix: write"),
         (["--gpus-per-node", "4", "--tasks-per-node", "2", "--time", "1"], r"--tasks-per-node=2: one task a GPU"),
+        (
+            ["--tasks-per-node", "2", "--sbatch", "comment=a\ntouch x"],
+            r"--sbatch=comment=a\ntouch x: is no option of sbatch",
+        ),
+        (["--tasks-per-node", "2", "--sbatch", "a b=c"], r"--sbatch=a b=c: is no option of sbatch"),
         (["--tasks-per-node", "2", "--time", "1", "--name", "a/b"], r"--name=a/b: is the name of a folder"),
         (["--tasks-per-node", "2", "--time", "1", "--name", "a%j"], r"--name=a%j: is the name of a folder"),
     ],
@@ -161,9 +166,9 @@ def test_the_command_line_wins_over_the_site(sbatch: Path, tmp_path: Path, monke
 
 def test_a_site_that_bash_cannot_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     site = tmp_path / "site.env"
-    site.write_text("SBATCH_PARTITION=$NO_SUCH_VARIABLE_HERE\n")
+    site.write_text("source /no/such/file\n")
     monkeypatch.setenv("MOE_SITE_ENV", str(site))
-    with pytest.raises(SuiteError, match=r"site\.env can't be read by bash: .*unbound variable"):
+    with pytest.raises(SuiteError, match=r"site\.env can't be read by bash: .*No such file"):
         site_variables()
 
 
