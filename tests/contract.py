@@ -43,6 +43,9 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """Systems with options that must keep the contract, too: name and options by label."""
 
+DEFAULTS: dict[str, dict[str, Any]] = {"ta_moe": {"mode": "fastmoe"}}
+"""Options of systems in whose default others than these capacities are held: TA-MoE's slots by pairs of ranks."""
+
 Record = dict[str, Any]
 
 
@@ -105,7 +108,7 @@ def measure(payload: dict[str, Any], info: RankInfo) -> dict[str, dict[str, list
     """
     torch.set_num_threads(1)
     meshes = {size: create_mesh(CLUSTER, info.device, size) for size in sorted({case.ep_size for case in CASES})}
-    jobs = [(name, create(name), case) for name in payload["systems"] for case in CASES]
+    jobs = [(name, create(name, DEFAULTS.get(name)), case) for name in payload["systems"] for case in CASES]
     jobs += [(label, create(*VARIANTS[label]), case) for label in payload["variants"] for case in CASES]
     jobs += [(wrong.name, wrong(), case) for wrong in WRONG for case in CASES if case.name == wrong.case]
     records: dict[str, dict[str, list[Record]]] = {}

@@ -57,7 +57,7 @@ def ended(
         ("srun: error: Node failure on n1\n", "", 0, "failed", "node n1 failed, says Slurm"),
         ("srun: error: n0: tasks 0-1: Terminated\n", "", 0, "interrupted", "ended by SIGTERM before they could save"),
         (CRASHED, "", 0, "failed", "task 3 on n1: Segmentation fault (core dumped)"),
-        (CRASHED, "Watchdog caught collective operation timeout\n", 0, "timeout", "timeout (task 3 on n1: Segmentation"),
+        (CRASHED, "Watchdog caught collective operation timeout\n", 0, "timeout", "timeout (task 3 on n1: Segm"),
         (
             "srun: error: n0: task 0: Exited with exit code 3\n",
             "",
