@@ -137,11 +137,11 @@ def _status(cell: Cell, job: str | None, known: QueuedJob | None, events: Sequen
         return "done", ""
     if known is not None and known.state in WAITING:
         return "pending", known.reason
-    if known is not None and known.state in AT_WORK:
-        return "running", "" if events else "it has not started Python yet"
     ended = next((event for event in reversed(events) if event.event in ("started", "ended")), None)
     if ended is not None and ended.event == "ended":
         return ended.outcome, ended.reason
+    if known is not None and known.state in AT_WORK:
+        return "running", "" if events else "it has not started Python yet"
     if job is None:
         refused = next((status for status in told if status is not None and status.status == "refused"), None)
         return ("refused", refused.reason) if refused else ("pending", "not submitted")
