@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from experiments.failures import Report, write_report
-from experiments.progress_log import Line
+from experiments.progress_log import Line, Phase
 from slurm.diagnosis import Evidence, Verdict, verdict
 from slurm.watchdog import place, silence_allowed_s, whereabouts
 
@@ -104,9 +104,9 @@ def test_what_ranks_say_of_one_another_counts_least(folder: Path) -> None:
     assert ended(folder, reports=(late,)).status == "timeout"
 
 
-def lines(*told: tuple[float, str]) -> list[Line]:
+def lines(*told: tuple[float, Phase]) -> list[Line]:
     """Of a run, by second and phase."""
-    return [Line(when, step, phase, None) for step, (when, phase) in enumerate(told)]  # type: ignore[arg-type]
+    return [Line(when, step, phase, None) for step, (when, phase) in enumerate(told)]
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from experiments.failures import Report, write_report
 from experiments.progress_log import FILE, Line
 from experiments.results import METRICS_FOOTER, RunDir, RunStatus
 from slurm import status
-from slurm.records import Cell, Event, SweepFolder
+from slurm.records import Cell, Event, EventName, SweepFolder
 from slurm.scheduler import QueuedJob
 from slurm.status import Row, eta, rows_of, table
 
@@ -45,9 +45,9 @@ class Story:
         self.sweep.add_submission({0: job})
         return self
 
-    def event(self, event: str, job: str = "7", restarts: int = 0, outcome: str = "", reason: str = "") -> Story:
+    def event(self, event: EventName, job: str = "7", restarts: int = 0, outcome: str = "", reason: str = "") -> Story:
         """A line of the job, at second 100 of its life."""
-        line = Event(100.0 + restarts, event, job, restarts, outcome, reason)  # type: ignore[arg-type]
+        line = Event(100.0 + restarts, event, job, restarts, outcome, reason)
         with (self.sweep.cell_folder(0) / "events.jsonl").open("a") as file:
             file.write(json.dumps(line._asdict()) + "\n")
         return self

@@ -50,8 +50,9 @@ def submitted(folder: Path) -> str:
 
 
 def test_an_array_is_submitted_and_no_override_is_in_its_script(
-    sbatch: Path, tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]
+    sbatch: Path, tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.chdir(tmp_path)  # the odd folder is a relative one
     told = tiny(tmp_path / "out", text, "cluster=auto", "system=flat,deepspeed", "seed=0,1", ODD)
     options = ["--nodes", "2", "--tasks-per-node", "2", "--time", "1-12", "--max-parallel", "3", "--name", "first"]
     sweep.main([*told, *options, "--sbatch", "partition=a b", "--sbatch", "exclusive"])

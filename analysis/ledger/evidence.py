@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 from pydantic import BaseModel, ConfigDict
@@ -29,11 +30,12 @@ class Evidence:
     notes: tuple[str, ...] = ()
 
 
-class Statistic(BaseModel):
+class Statistic(BaseModel, ABC):
     """Base of all."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    @abstractmethod
     def evidence(self, results: Results) -> Evidence:
         """The number, from result files.
 
@@ -41,4 +43,3 @@ class Statistic(BaseModel):
             Unusable: there is no result, or none that gives a number.
             ResultsError: files that contradict one another.
         """
-        raise NotImplementedError
