@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -43,19 +43,27 @@ Facts = dict[str, Any]
 
 
 def measure(payload: dict[str, Any], info: RankInfo) -> dict[str, list[Facts]]:
+    """Facts of PARTS, see `record`."""
+    return record(PARTS, payload, info)
+
+
+def record(
+    parts: Mapping[str, Callable[[Mesh, Path], Facts]], payload: dict[str, Any], info: RankInfo
+) -> dict[str, list[Facts]]:
     """Facts by part and rank.
 
     Args:
+        parts: what makes them.
         payload: `folder`: for files.
         info: of this rank.
     """
     torch.set_num_threads(1)
     mesh = create_mesh(cluster_of([2, 2]), info.device)
     facts: dict[str, list[Facts]] = {}
-    for part, record in PARTS.items():
+    for name, part in parts.items():
         gathered: list[Facts] = [{} for _ in range(info.world_size)]
-        dist.all_gather_object(gathered, record(mesh, Path(payload["folder"])))
-        facts[part] = gathered
+        dist.all_gather_object(gathered, part(mesh, Path(payload["folder"])))
+        facts[name] = gathered
     return facts
 
 

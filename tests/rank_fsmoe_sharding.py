@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -19,10 +18,9 @@ from moe.mesh import Mesh, create_mesh
 from moe.metering import LinkMeter
 from moe.pipelined_layer import PipelinedMoE
 from moe.system import LayerSpec, MoELayer, System
-from moe.topology import cluster_of
 from moe.weights import load_layer
 from tests.comparing import relative_error
-from tests.rank_fsmoe import told
+from tests.rank_fsmoe import record, told
 from tests.rank_models import MODELS, SEED, step, trainee
 
 NUM_TOKENS = 30
@@ -48,20 +46,8 @@ def sharded(name: str, **more: Any) -> System:
 
 
 def measure(payload: dict[str, Any], info: RankInfo) -> dict[str, list[Facts]]:
-    """Facts by part and rank.
-
-    Args:
-        payload: `folder`: for files.
-        info: of this rank.
-    """
-    torch.set_num_threads(1)
-    mesh = create_mesh(cluster_of([2, 2]), info.device)
-    facts: dict[str, list[Facts]] = {}
-    for part, record in PARTS.items():
-        gathered: list[Facts] = [{} for _ in range(info.world_size)]
-        dist.all_gather_object(gathered, record(mesh, Path(payload["folder"])))
-        facts[part] = gathered
-    return facts
+    """Facts of PARTS, see `tests.rank_fsmoe.record`."""
+    return record(PARTS, payload, info)
 
 
 def layers(mesh: Mesh, _folder: Path) -> Facts:
