@@ -200,7 +200,8 @@ def _prepare(
 
     def step() -> None:
         output = layer(x_TM)
-        torch.autograd.backward([output.y_TM, output.aux_loss], [case.grad_TM, None])
+        losses = [output.aux_loss] if output.aux_loss.requires_grad else []  # a gate may have none to learn from
+        torch.autograd.backward([output.y_TM, *losses], [case.grad_TM, *[None] * len(losses)])
         x_TM.grad = None  # at the end, so that a step frees what it allocated: see `peak_memory_bytes`
         layer.drop_gradients()
 

@@ -29,6 +29,10 @@ Slice = Callable[[int], dist.Work | None]
 """Starts the all-reduce of the slice of gradient that a layer's plan puts in the middle of its backward."""
 
 
+MOST_WAITING = 4
+"""Gradients of chunks that are kept until they are summed."""
+
+
 @dataclass
 class Call:
     """What one forward and its backward go by.
@@ -121,17 +125,20 @@ class _Kept:
 
 
 class _Sum:
-    """Gradient of one parameter over chunks, summed in float32 where there are several."""
+    """Gradient of one parameter over chunks, summed in float32. A few wait, so that one pass sums them."""
 
     def __init__(self) -> None:
-        self.total: Tensor | None = None
+        self._terms: list[Tensor] = []
 
     def add(self, grad: Tensor | None) -> None:
-        if grad is not None:
-            self.total = grad if self.total is None else self.total.float().add_(grad)
+        if grad is None:
+            return
+        if len(self._terms) == MOST_WAITING:
+            self._terms = [ops.sum_terms(self._terms, torch.float32)]
+        self._terms.append(grad)
 
     def of(self, parameter: Tensor, dtype: torch.dtype) -> Tensor:
-        return torch.zeros_like(parameter, dtype=dtype) if self.total is None else self.total.to(dtype)
+        return ops.sum_terms(self._terms, dtype) if self._terms else torch.zeros_like(parameter, dtype=dtype)
 
 
 class _Pipelined(torch.autograd.Function):

@@ -12,6 +12,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -21,12 +22,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moe import ops
 from moe.collectives import gather_into, scatter_sums
 from moe.costs import AlphaBeta, fit_alpha_beta
 from moe.errors import ConfigError, Problem
 from moe.expert_passes import ExpertRows, experts_backward, experts_forward
 from moe.experts import GroupedExperts
 from moe.mesh import Mesh
+from moe.streams import room_for_collectives
 from moe.system import Activation
 
 FRACTIONS = (0.125, 0.25, 0.5, 1.0)
@@ -284,11 +287,18 @@ def _steps(
     work = float(total * (w_in[0].numel() + w_out[0].numel()))
     hidden = experts_forward(rows_RM, w_in, w_out, expert_rows, activation)[1]
 
+    room = room_for_collectives if mesh.device.type == "cuda" else nullcontext
+
     def forward() -> Any:
-        return experts_forward(rows_RM, w_in, w_out, expert_rows, activation)
+        with room():
+            return experts_forward(rows_RM, w_in, w_out, expert_rows, activation)
 
     def backward() -> Any:  # `hidden` is overwritten time and again, by numbers of its own size
-        return experts_backward(rows_RM, rows_RM, hidden, w_in, w_out, expert_rows, activation)
+        with room():
+            found = experts_backward(rows_RM, rows_RM, hidden, w_in, w_out, expert_rows, activation)
+        for grad in (found.w_in, found.w_out):  # as much as a chunk more takes; one chunk alone has nothing to add
+            if grad is not None:
+                ops.sum_terms([grad, grad], grad.dtype)
 
     return [*made, ("gemm", work, forward), ("gemm_backward", 2 * work, backward)]
 

@@ -5,6 +5,7 @@ Dimensions: T tokens, K choices, S copies that are kept, M model, E experts.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib.util import find_spec
 from types import ModuleType
 
@@ -83,6 +84,29 @@ def weighted_sum_backward(
     grad_weights_TK = torch.zeros_like(weights_TK)
     grad_weights_TK.view(-1)[order] = torch.linalg.vecdot(grad_SM, copies_SM).to(weights_TK.dtype)
     return grad_SM * weights_TK.flatten()[order].unsqueeze(1).to(copies_SM.dtype), grad_weights_TK
+
+
+def sum_terms(terms: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """The sum of tensors of one shape, in float32, rounded once.
+
+    Args:
+        terms: at least one, each contiguous.
+        dtype: of the result.
+
+    Returns:
+        a new tensor, or the only term where it has that dtype.
+    """
+    total, *rest = terms
+    if rest and is_fast(total):
+        most = kernels().MOST_TERMS
+        while len(rest) >= most:
+            total, rest = kernels().sum_terms([total, *rest[: most - 1]], torch.float32), rest[most - 1 :]
+        return kernels().sum_terms([total, *rest], dtype)
+    if rest:
+        total = total.to(torch.float32, copy=True)
+    for term in rest:
+        total.add_(term)
+    return total.to(dtype)
 
 
 def count_choices(expert_ids: Tensor, num_experts: int) -> Tensor:

@@ -126,6 +126,17 @@ class Biased(TopKGate):
         return 3 * self.own_E
 
 
+@pytest.mark.parametrize("num_terms", [1, 2, 3, 4, 5, 9])
+@pytest.mark.parametrize("out", [torch.float32, torch.bfloat16])
+def test_sums_of_tensors_round_once(on_kernels: None, num_terms: int, out: torch.dtype) -> None:
+    terms = [normal(3, 1000, dtype=torch.bfloat16, seed=seed) for seed in range(num_terms)]
+    found = ops.sum_terms(terms, out)
+    exact = torch.stack(terms).double().sum(0)
+    assert found.dtype == out
+    torch.testing.assert_close(found.double(), exact, rtol=1e-6 if out == torch.float32 else 2**-7, atol=1e-5)
+    assert all(torch.equal(term, normal(3, 1000, dtype=torch.bfloat16, seed=i)) for i, term in enumerate(terms))
+
+
 @pytest.mark.parametrize("kind", [TopKGate, Biased])
 @pytest.mark.parametrize(("num_experts", "top_k"), [(4, 1), (6, 2), (256, 8), (3, 3)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

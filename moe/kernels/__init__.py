@@ -10,8 +10,10 @@ from moe.kernels.peers import LocalRows, pull_rows, push_sums, stage_tokens, sum
 from moe.kernels.route import route, route_backward
 from moe.kernels.rows import gather_rows, sum_copies, weighted_sum_backward
 from moe.kernels.sort import count_choices, sort_by_expert
+from moe.kernels.sums import MOST_TERMS, sum_terms
 
 __all__ = [
+    "MOST_TERMS",
     "LocalRows",
     "activate",
     "activate_backward_",
@@ -25,5 +27,6 @@ __all__ = [
     "stage_tokens",
     "sum_copies",
     "sum_partials",
+    "sum_terms",
     "weighted_sum_backward",
 ]
