@@ -55,7 +55,8 @@ def validation_rows(folder: Path) -> Iterator[dict[str, Any]]:
     points = {shape.name: _points(samples, shape.name) for shape in config.shapes}
     if len(config.shapes) < 2:
         raise ResultsError(f"{folder}: one shape, and costs are fitted to the others. Fix: measure several shapes.")
-    for name, measured in points.items():
+    for name, by_system in points.items():
+        measured = next(iter(by_system.values()), {})
         if missing := [operation for operation in NEEDED if operation not in measured]:
             raise ResultsError(
                 f"{folder}: shape {name} has no module_time of {', '.join(missing)}. Fix: measure a system that plans "
@@ -63,9 +64,11 @@ def validation_rows(folder: Path) -> Iterator[dict[str, Any]]:
             )
     cluster = cluster_from(config.cluster)
     for shape in config.shapes:
-        others = [measured for name, measured in points.items() if name != shape.name]
-        layer = routed_layer(config, shape, cluster, fitted(others))
+        others = [by_system for name, by_system in points.items() if name != shape.name]
         for system in config.systems:
+            # Experts that are cut have other messages and products than whole ones, which all others have.
+            own = [by_system.get(system.label) or next(iter(by_system.values())) for by_system in others]
+            layer = routed_layer(config, shape, cluster, fitted(own))
             times = _times(samples, system.label, shape.name)
             created = registry.create(system.name, system.options)
             try:
@@ -132,15 +135,13 @@ def _config(folder: Path) -> LayerRunConfig:
         raise ResultsError(f"{folder}: config.yaml is of no layer benchmark ({reason}). Fix: name another.") from error
 
 
-def _points(samples: Samples, shape: str) -> Points:
-    """What the first layer that measured its modules noted for a shape."""
+def _points(samples: Samples, shape: str) -> dict[str, Points]:
+    """What layers that measured their modules noted for a shape, by system."""
     rows = samples.table[(samples.table["metric"] == "module_time") & (samples.table["shape"] == shape)]
-    points: Points = {}
-    if len(rows):
-        rows = rows[rows["system"] == rows["system"].iloc[0]]
-    for part, seconds in zip(rows["part"], rows["value"], strict=True):
+    points: dict[str, Points] = {}
+    for system, part, seconds in zip(rows["system"], rows["part"], rows["value"], strict=True):
         operation, size = str(part).rsplit(" ", 1)
-        points.setdefault(operation, []).append(Point(float(size), float(seconds)))
+        points.setdefault(system, {}).setdefault(operation, []).append(Point(float(size), float(seconds)))
     return points
 
 

@@ -12,8 +12,8 @@ import os
 import platform
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -24,12 +24,14 @@ from torch import Tensor
 
 from moe import ops
 from moe.collectives import gather_into, scatter_sums
+from moe.contention import PAIRS, RESOURCES, beside
 from moe.costs import AlphaBeta, fit_alpha_beta
 from moe.errors import ConfigError, Problem
 from moe.expert_passes import ExpertRows, experts_backward, experts_forward
 from moe.experts import GroupedExperts
 from moe.mesh import Mesh
-from moe.streams import room_for_collectives
+from moe.simulator import MEASURED, Task
+from moe.streams import TaskRunner
 from moe.system import Activation
 
 FRACTIONS = (0.125, 0.25, 0.5, 1.0)
@@ -76,8 +78,8 @@ class Point:
 
 
 Points = dict[str, list[Point]]
-"""By operation: `all_to_all`, `all_reduce`, with shards `all_gather` and `reduce_scatter`, `gemm`, `gemm_backward`, and
-what the layer adds."""
+"""By operation: `all_to_all`, `all_reduce`, with shards `all_gather` and `reduce_scatter`, `gemm`, `gemm_backward`,
+pairs at once (`moe.contention`), and what the layer adds."""
 
 Timed = list[tuple[str, float, Callable[[], Any]]]
 """(operation, size, what to time)."""
@@ -268,17 +270,17 @@ def _steps(
     w_in, w_out = weights
     sent = torch.randn(rows, shapes.model_dim, device=mesh.device, dtype=w_in.dtype)
     received, size_bytes = torch.empty_like(sent), float(sent.numel() * sent.element_size())
-    made = [
-        ("all_to_all", size_bytes, lambda: dist.all_to_all_single(received, sent, group=groups[0])),
-        ("all_reduce", size_bytes, lambda: dist.all_reduce(received)),
-    ]
+    made: Timed = [("all_reduce", size_bytes, lambda: dist.all_reduce(received))]
+
+    def exchange(later: bool) -> dist.Work | None:
+        return dist.all_to_all_single(received, sent, group=groups[0], async_op=later)
+
+    once: dict[str, tuple[float, Callable[[bool], dist.Work | None]]] = {"all_to_all": (size_bytes, exchange)}
     if shapes.shards > 1:
-        whole = sent.new_empty(rows * shapes.shards, shapes.model_dim)
+        whole, part = sent.new_empty(rows * shapes.shards, shapes.model_dim), torch.empty_like(sent)
         whole_bytes = shapes.shards * size_bytes
-        made += [
-            ("all_gather", whole_bytes, lambda: gather_into(whole, sent, groups[1])),
-            ("reduce_scatter", whole_bytes, lambda: scatter_sums(received, whole, groups[1])),
-        ]
+        once["all_gather"] = whole_bytes, lambda later: gather_into(whole, sent, groups[1], later)
+        made.append(("reduce_scatter", whole_bytes, lambda: scatter_sums(part, whole, groups[1])))
     total = rows * shapes.shards
     per_expert = [total // shapes.num_local] * shapes.num_local
     ends_L = torch.arange(1, shapes.num_local + 1, device=mesh.device, dtype=torch.int32) * per_expert[0]
@@ -286,21 +288,31 @@ def _steps(
     expert_rows = ExpertRows(per_expert, ends_L)
     work = float(total * (w_in[0].numel() + w_out[0].numel()))
     hidden = experts_forward(rows_RM, w_in, w_out, expert_rows, activation)[1]
+    runner = TaskRunner(mesh.device)
 
-    room = room_for_collectives if mesh.device.type == "cuda" else nullcontext
+    def forward(_later: bool = False) -> None:
+        with runner.room():
+            experts_forward(rows_RM, w_in, w_out, expert_rows, activation)
 
-    def forward() -> Any:
-        with room():
-            return experts_forward(rows_RM, w_in, w_out, expert_rows, activation)
-
-    def backward() -> Any:  # `hidden` is overwritten time and again, by numbers of its own size
-        with room():
+    def backward() -> None:  # `hidden` is overwritten time and again, by numbers of its own size
+        with runner.room():
             found = experts_backward(rows_RM, rows_RM, hidden, w_in, w_out, expert_rows, activation)
         for grad in (found.w_in, found.w_out):  # as much as a chunk more takes; one chunk alone has nothing to add
             if grad is not None:
                 ops.sum_terms([grad, grad], grad.dtype)
 
-    return [*made, ("gemm", work, forward), ("gemm_backward", 2 * work, backward)]
+    once["gemm"] = work, forward
+
+    def issue(name: str, _chunk: int) -> dist.Work | None:
+        return once[name][1](runner.asynchronous)
+
+    def at_once(first: str, second: str) -> None:  # the second, which is none of the host's, is issued first
+        tasks = [Task(name, RESOURCES[name], MEASURED, 0.0) for name in (second, first)]
+        runner.run(tasks, {name: partial(issue, name) for name in (first, second)}, (0, 1))
+
+    made += [(name, size, partial(step, False)) for name, (size, step) in once.items()]
+    made += [(beside(a, b), once[a][0], partial(at_once, a, b)) for a, b in PAIRS if a in once and b in once]
+    return [*made, ("gemm_backward", 2 * work, backward)]
 
 
 def _timed(step: Callable[[], Any], device: torch.device) -> float:

@@ -110,6 +110,10 @@ class TaskRunner:
         """What actions pass as `async_op`: on CUDA a collective is ordered by the stream that it is called in."""
         return not self.on_cuda
 
+    def room(self) -> Any:
+        """A context in which matrix products leave room for collectives beside them."""
+        return room_for_collectives() if self.on_cuda else nullcontext()
+
     def run(self, tasks: Sequence[Task], actions: Mapping[str, Action], last: Sequence[int]) -> None:
         """Issue all tasks.
 
@@ -151,7 +155,7 @@ class TaskRunner:
             stream.wait_stream(current)
         overlapped = sum(task.resource == COMPUTE for task in tasks) > 1
         for task in tasks:
-            with self._on(task), room_for_collectives() if overlapped else nullcontext():
+            with self._on(task), self.room() if overlapped else nullcontext():
                 stream = torch.cuda.current_stream()
                 for earlier in task.after:
                     if tasks[earlier].resource != task.resource:

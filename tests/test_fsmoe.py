@@ -253,8 +253,8 @@ def test_every_module_is_measured_and_fitted(facts: dict[str, list[Facts]]) -> N
     for found in facts["profiles"]:
         assert found == facts["profiles"][0] | {"plan": found["plan"]}, "the ranks go by the same costs"
         points, (exchanged_bytes, work) = found["points"], found["work"]
-        outside = {"outside", "outside_backward"}
-        assert set(points) == {"all_to_all", "all_reduce", "gemm", "gemm_backward"} | outside
+        outside, exchanged = {"outside", "outside_backward"}, {"all_to_all", "all_reduce", "gemm beside all_to_all"}
+        assert set(points) == {"gemm", "gemm_backward"} | exchanged | outside
         largest = {name: max(size for size, _ in measured) for name, measured in points.items()}
         assert exchanged_bytes == 4 * SPEC.top_k * NUM_TOKENS * SPEC.model_dim == largest["all_to_all"]
         assert work == SPEC.top_k * NUM_TOKENS * 2 * SPEC.model_dim * SPEC.hidden_dim == largest["gemm"]
