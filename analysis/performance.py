@@ -1,6 +1,6 @@
-"""The README's table of a layer benchmark: one system beside the best upstream package.
+"""A page's table of a layer benchmark: one system beside the best upstream package.
 
-`python -m analysis.performance results/<folder> ...` prints it; `--write README.md` puts it between the lines
+`python -m analysis.performance results/<folder> ...` prints it; `--write results/FINDINGS.md` puts it between the lines
 `<!-- performance:begin -->` and `<!-- performance:end -->` and names the folders in the first.
 """
 
@@ -25,7 +25,7 @@ from analysis.tables import NOTHING, binary_bytes, markdown_row, significant
 
 OURS = "flat"
 BLOCK = re.compile(r"<!-- performance:begin(?P<folders>[^>\n]*) -->\n.*?<!-- performance:end -->", re.DOTALL)
-"""The table in a README, with the folders that it is made of."""
+"""The table in a page, with the folders that it is made of."""
 
 HEAD = (
     "shape",
@@ -61,8 +61,8 @@ def performance_block(folders: Sequence[Path], root: Path) -> str:
     """The tables of some folders between their two markers.
 
     Args:
-        folders: of layer benchmarks, published ones for a README; each gives a table for every workload.
-        root: folder of the README, which links and marker are relative to.
+        folders: of layer benchmarks, published ones for a page; each gives a table for every workload.
+        root: folder of the page, which links and marker are relative to.
 
     Raises:
         ResultsError: a folder without samples.
@@ -166,7 +166,7 @@ def _untimed(samples: Samples, workload: str) -> Iterator[str]:
 
 
 def write_block(readme: Path, folders: Sequence[Path]) -> None:
-    """Replace the table in a README.
+    """Replace the table in a page.
 
     Raises:
         ResultsError: no markers in it, a folder without samples, or a write that failed.
@@ -186,7 +186,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Command line, with its exit code."""
     parser = argparse.ArgumentParser(prog="python -m analysis.performance", description=__doc__)
     parser.add_argument("folders", type=Path, nargs="+", help="folders with samples.parquet, such as results/h200x2")
-    parser.add_argument("--write", type=Path, metavar="README.md", help="replace the table in this file")
+    parser.add_argument("--write", type=Path, metavar="PAGE.md", help="replace the table in this file")
     options = parser.parse_args(arguments)
     if options.write is not None:
         write_block(options.write, options.folders)
