@@ -110,7 +110,7 @@ class SlotOptions(BaseModel):
 
     Args:
         slots_per_rank: experts that a rank can hold, replicas counted; null: so many that an expert has four on
-            average, as in SYMI's testbed.
+            average, as in SYMI's testbed, or on fewer ranks one for each (ours).
         drop: whether an expert's capacity is each source rank's own (`per_source`, as in the other systems) or of all
             ranks together (`global`), which drops fewer tokens. SYMI does not say; without a capacity factor nothing is
             dropped.
@@ -122,7 +122,7 @@ class SlotOptions(BaseModel):
 
     def slots(self, num_experts: int, num_ranks: int) -> int:
         """Slots of a rank."""
-        return self.slots_per_rank or -(-SLOTS_PER_EXPERT * num_experts // num_ranks)
+        return self.slots_per_rank or -(-min(SLOTS_PER_EXPERT, num_ranks) * num_experts // num_ranks)
 
     def refusals(self, title: str, spec: LayerSpec, cluster: Cluster) -> list[str]:
         """Fewer slots than experts.

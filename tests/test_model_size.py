@@ -108,11 +108,11 @@ def test_experts_on_every_rank_cost_more() -> None:
 @pytest.mark.parametrize(("precision", "element_bytes"), [("fp32", 4), ("bf16", 2)])
 def test_slots_are_beside_what_is_trained(precision: str, element_bytes: int) -> None:
     """As the layer has them: weights and gradients in the dtype of the arithmetic."""
-    run = run_of(f"trainer.precision={precision}", "system=swiftmoe")
+    run = run_of(f"trainer.precision={precision}", "system=swiftmoe", "system.slots_per_rank=8")
     plain = estimate_memory(run.model, run.trainer, 4, 4.0)
     slotted = estimate_memory(run.model, run.trainer, 4, *_expert_copies(run))
     spec = layer_spec(run.model, 1, 0, DTYPES[precision])
-    layer = SwiftMoE().build_layer(spec, lone_mesh())
+    layer = SwiftMoE({"slots_per_rank": 32}).build_layer(spec, lone_mesh())
     assert isinstance(layer, SwiftMoELayer)
     slots = layer.experts
     assert len(slots.experts) == 32, "of one rank, which has them all"

@@ -230,9 +230,9 @@ def test_fewer_slots_than_experts_are_refused() -> None:
 
 @pytest.mark.parametrize(
     ("num_experts", "num_ranks", "slots"),
-    [(16, 16, 4), (16, 4, 16), (8, 4, 8), (8, 3, 11)],
+    [(16, 16, 4), (16, 4, 16), (8, 4, 8), (8, 3, 8), (16, 2, 16), (16, 1, 16)],
 )
-def test_slots_are_four_an_expert_unless_they_are_said(num_experts: int, num_ranks: int, slots: int) -> None:
+def test_slots_are_four_an_expert_or_one_a_rank_unless_they_are_said(num_experts: int, num_ranks: int, slots: int) -> None:
     assert Options().slots(num_experts, num_ranks) == slots
     assert Options(slots_per_rank=5).slots(num_experts, num_ranks) == 5
 

@@ -26,8 +26,9 @@ STEPS, WINDOW = 12, 2
 MODEL = ["model.moe_every=1", "model.num_layers=2", "model.top_k=1", "model.capacity_factor=1.0"]
 FEW_STEPS = [f"trainer.max_steps={STEPS}", f"trainer.checkpoint_every={STEPS}", "timing.rounds=1"]
 SYSTEMS = (
-    "systems=[deepspeed_static,{name: flexmoe, label: flexmoe 100, interval: 100},"
-    "{name: flexmoe, label: flexmoe 4, interval: 4, balanced: 1.0},swiftmoe]"
+    "systems=[deepspeed_static,{name: flexmoe, label: flexmoe 100, interval: 100, slots_per_rank: 16},"
+    "{name: flexmoe, label: flexmoe 4, interval: 4, balanced: 1.0, slots_per_rank: 16},"
+    "{name: swiftmoe, slots_per_rank: 16}]"
 )
 
 
