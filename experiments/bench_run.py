@@ -3,6 +3,7 @@ folder, its launch, its status."""
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -14,6 +15,16 @@ from experiments.launch import RankFailure, is_main_process, run_ranks
 from experiments.results import RunDir, now, write_table
 from experiments.samples import SampleRow, footer_of
 from moe.errors import SuiteError
+
+SOURCES = ("moe", "baselines", "methods", "experiments")
+OF_ONE_START = ("git", "started", "ended")
+"""Keys of manifest.json in which a start may differ from the one that it goes on from; `sources_sha256` is the code."""
+
+
+def sources_sha256() -> str:
+    """Hash of the code that measures, which tells two states of a changed checkout apart; no docs, tests, analysis."""
+    files = [path for folder in SOURCES for path in sorted((provenance.REPOSITORY / folder).rglob("*.py"))]
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
 
 
 class BenchRun:
@@ -34,6 +45,11 @@ class BenchRun:
         """Every value of every round."""
         return self.dir.path / "samples.parquet"
 
+    @property
+    def journal_path(self) -> Path:
+        """What is measured of a layer benchmark that is not complete: see `experiments.samples.append_samples`."""
+        return self.dir.path / "samples.jsonl"
+
     def must_run(self, force: bool) -> bool:
         """False, with a line that says so, when the run is complete already: done, and no system failed in it."""
         status = self.dir.status()
@@ -44,24 +60,21 @@ class BenchRun:
             return False
         return True
 
-    def launch(self, target: str, payload: dict[str, Any], *, timeout_s: float) -> Any:
+    def launch(self, target: str, payload: dict[str, Any], *, timeout_s: float, keep: bool = False) -> Any:
         """Run `target` in every rank of the cluster, with `payload` and the config; keep the status. Collective.
 
         Args:
             target: `package.module:function` of (payload, rank_info).
             payload: JSON-able; `config` is added.
             timeout_s: longest wait of one collective.
+            keep: go on from the journal of an earlier start, if that had the same code and machine.
 
         Returns:
             Rank 0's value; None on a joined rank that is not rank 0.
         """
         config = self.config
         if is_main_process():
-            shutil.rmtree(self.dir.path, ignore_errors=True)
-            self.dir.create(config.model_dump(mode="json"), list(self.overrides))
-            cluster = config.cluster.model_dump(mode="json")
-            seed = getattr(config, "seed", 0)
-            self.dir.write_manifest(provenance.manifest(run_id(config), seed, cluster, started=now()))
+            self._prepare(keep)
         assert config.cluster.levels is not None, "load settles the levels"
         try:
             value = run_ranks(
@@ -84,12 +97,36 @@ class BenchRun:
             self.dir.write_manifest({**self.dir.read_manifest(), "ended": now()})
         return value
 
+    def _prepare(self, keep: bool) -> None:
+        """Make the folder, anew unless there is a journal to go on from; write config and manifest."""
+        config, earlier = self.config, self.dir.read_manifest()
+        cluster, seed = config.cluster.model_dump(mode="json"), getattr(config, "seed", 0)
+        manifest = provenance.manifest(run_id(config), seed, cluster, started=now())
+        manifest["sources_sha256"] = sources_sha256()
+        begun = keep and self.journal_path.exists()
+        changed = [key for key in manifest if key not in OF_ONE_START and manifest[key] != earlier.get(key)]
+        if begun and not changed:
+            start = {key: earlier[key] for key in ("started", "git")}
+            manifest["earlier_starts"] = [*earlier.get("earlier_starts", []), start]
+            print(f"{self.dir.path}: what is measured is kept (force=true measures it again)", flush=True)
+        else:
+            if begun:
+                print(f"{self.dir.path} was begun with other {', '.join(changed)}: it starts anew", flush=True)
+            shutil.rmtree(self.dir.path, ignore_errors=True)
+        self.dir.create(config.model_dump(mode="json"), list(self.overrides))
+        self.dir.write_manifest(manifest)
+
     def write_samples(self, rows: Sequence[Sequence[Any]], known: Collection[str] = ()) -> None:
         """Write samples.parquet, then say done, and what failed, other than the systems whose failure was `known`."""
+        self.write_table(rows)
+        told = [row for row in map(SampleRow._make, rows) if row.metric == "status"]
+        failed = {row.system: row.part for row in told if not (row.part.startswith("refused") or row.system in known)}
+        self.dir.set_status("done", "; ".join(f"{system} {part}" for system, part in failed.items()))
+        self.journal_path.unlink(missing_ok=True)
+
+    def write_table(self, rows: Sequence[Sequence[Any]]) -> None:
+        """Write samples.parquet, and no status."""
         shapes = self.config.shapes if isinstance(self.config, LayerRunConfig) else []
         sizes = {"shapes": {shape.name: shape.model_dump(exclude={"name"}) for shape in shapes}} if shapes else {}
         footer = footer_of("measured", cluster_from(self.config.cluster), run_id=run_id(self.config), **sizes)
         write_table(self.samples_path, SampleRow, rows, footer)
-        told = [row for row in map(SampleRow._make, rows) if row.metric == "status"]
-        failed = {row.system: row.part for row in told if not (row.part.startswith("refused") or row.system in known)}
-        self.dir.set_status("done", "; ".join(f"{system} {part}" for system, part in failed.items()))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from experiments.floor import floor_step
 from experiments.kernel_profile import add_kernels
 from experiments.model import DTYPES
 from experiments.ranks import RankInfo
-from experiments.samples import SampleRow, SampleWriter
+from experiments.samples import SampleRow, SampleWriter, append_samples, read_samples
 from experiments.timing import (
     Observed,
     interleave,
@@ -34,6 +35,7 @@ from moe.workload import Workload, expert_ids, gate_for, tokens_for
 
 FLOOR = ""  # takes turns with the systems, whose labels are never empty
 STAGE_ROUNDS = 5
+TIMES, KERNELS = "times", "kernels"  # of a shape, each a record of the journal
 CHECKED_TOKENS = 1024
 """Tokens a rank at which systems are compared with the oracle, which computes all experts on all of them."""
 
@@ -72,10 +74,10 @@ class Candidate:
 
 
 def measure(payload: dict[str, Any], info: RankInfo) -> list[list[Any]] | None:
-    """Measure every shape, in this rank.
+    """Measure every shape that the journal lacks, in this rank; rank 0 adds each to the journal as soon as it is there.
 
     Args:
-        payload: `config`: of the run.
+        payload: `config`: of the run; `journal`: rank 0's file of `experiments.samples.append_samples`.
         info: of this rank.
 
     Returns:
@@ -85,20 +87,26 @@ def measure(payload: dict[str, Any], info: RankInfo) -> list[list[Any]] | None:
     assert isinstance(config, LayerRunConfig)
     mesh = create_mesh(cluster_from(config.cluster), info.device)
     systems = {s.label: registry.create(s.name, s.options) for s in config.systems}
-    rows: list[list[Any]] = []
-    for shape in config.shapes:
-        if stop_agreed(info):
-            return None
-        case = build_case(config, shape, mesh)
-        rows += map(list, measure_case(case, systems, mesh, config))
-        if info.rank == 0:
-            print(f"layer {shape.name}: measured {', '.join(systems)}", flush=True)
-    # After all timed rounds: a CUDA profiler that once was on may slow every launch of its process.
-    for shape in config.shapes if config.profile else []:
-        if stop_agreed(info):
-            return None
-        rows += map(list, profile_case(build_case(config, shape, mesh), systems, mesh))
-    return rows
+    journal = Path(payload["journal"])
+    told = [read_samples(journal) if info.rank == 0 else {}]
+    dist.broadcast_object_list(told, src=0, device=info.device)
+    measured = told[0]
+    # Kernels after all timed rounds: a CUDA profiler that once was on may slow every launch of its process.
+    for what in (TIMES, KERNELS) if config.profile else (TIMES,):
+        for shape in config.shapes:
+            key = (what, shape.name)
+            if key in measured:
+                continue
+            if stop_agreed(info):
+                return None
+            case = build_case(config, shape, mesh)
+            rows = measure_case(case, systems, mesh, config) if what == TIMES else profile_case(case, systems, mesh)
+            measured[key] = [list(row) for row in rows]
+            if info.rank == 0:
+                append_samples(journal, key, rows)
+                if what == TIMES:
+                    print(f"layer {shape.name}: measured {', '.join(systems)}", flush=True)
+    return [row for rows in measured.values() for row in rows]
 
 
 def build_case(config: LayerRunConfig, shape: LayerShape, mesh: Mesh) -> Case:

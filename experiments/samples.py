@@ -1,12 +1,16 @@
-"""Rows of interleaved measurements, and the Parquet file that holds them."""
+"""Rows of interleaved measurements: the Parquet file that holds them, and before it is whole, a journal that grows."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import json
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from experiments.results import write_error
 from moe.metering import CLASSES
 from moe.topology import Cluster
 
@@ -56,3 +60,36 @@ class SampleWriter:
 def footer_of(kind: str, cluster: Cluster, **more: Any) -> dict[str, Any]:
     """Metadata of a result file."""
     return {"schema_version": 1, "kind": kind, "cluster": cluster.name, "emulation": cluster.emulation, **more}
+
+
+def append_samples(path: Path, key: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """Append the rows of one measurement to a journal; when this returns they are on the disk.
+
+    Args:
+        path: the journal, made if missing.
+        key: names the measurement.
+        rows: values in the order of `SampleRow`.
+
+    Raises:
+        ResultsWriteError: the write failed.
+    """
+    record = json.dumps({"of": list(key), "rows": [list(row) for row in rows]})
+    try:
+        with path.open("a") as file:
+            file.write(f"\n{record}\n")  # on a line of its own, even where the record before broke off
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise write_error(path, error) from error
+
+
+def read_samples(path: Path) -> dict[tuple[str, ...], list[list[Any]]]:
+    """Rows by key, in the order in which `append_samples` wrote them; a record that broke off is passed over."""
+    found: dict[tuple[str, ...], list[list[Any]]] = {}
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        found[tuple(record["of"])] = record["rows"]
+    return found

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
-MESSAGE = "stopping: saving a checkpoint (Ctrl-C again to stop at once)\n"
+MESSAGE = "stopping: saving what there is (Ctrl-C again to stop at once)\n"
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 

@@ -13,7 +13,7 @@ from experiments import layer_bench, registry, timing
 from experiments.config import LayerRunConfig, cluster_from
 from experiments.floor import floor_step
 from experiments.ranks import RankInfo
-from experiments.samples import SampleWriter
+from experiments.samples import SampleRow, SampleWriter
 from moe.layer import NativeMoE
 from moe.mesh import Mesh, create_mesh
 from moe.metering import LinkMeter
@@ -75,12 +75,28 @@ SYSTEMS = {**registry.discover(), "broken": Broken, "hungry": Hungry, "keeping":
 def measure(payload: dict[str, Any], info: RankInfo) -> dict[str, Any]:
     """Sample rows of every config in `payload["configs"]`, by name; `ranks_agree`; `interleaved` seconds."""
     with mock.patch.object(registry, "discover", return_value=SYSTEMS):
-        rows = {name: layer_bench.measure({"config": config}, info) for name, config in payload["configs"].items()}
+        rows = {
+            name: layer_bench.measure({"config": config, "journal": str(info.stop_file.with_name(name))}, info)
+            for name, config in payload["configs"].items()
+        }
     gathered: list[Any] = [None] * info.world_size
     dist.all_gather_object(gathered, repr(rows))
     agree = all(told == gathered[0] for told in gathered)
     floors = {name: floor_bytes(payload["configs"][name], info) for name in ("uniform", "drops")}
     return {"rows": rows, "ranks_agree": agree, "interleaved": interleaved(info), "floors": floors}
+
+
+def stop_after_one(payload: dict[str, Any], info: RankInfo) -> list[list[Any]] | None:
+    """`experiments.layer_bench.measure`, which is asked to stop as soon as a shape is measured."""
+    measure_case = layer_bench.measure_case
+
+    def measured(*arguments: Any) -> list[SampleRow]:
+        rows = measure_case(*arguments)
+        info.stop_file.touch()
+        return rows
+
+    with mock.patch.object(layer_bench, "measure_case", measured):
+        return layer_bench.measure(payload, info)
 
 
 def floor_bytes(config: dict[str, Any], info: RankInfo) -> dict[str, float]:

@@ -123,7 +123,7 @@ def test_ctrl_c_lets_the_ranks_save_and_end(tmp_path: Path, capfd: pytest.Captur
     with pytest.raises(RankFailure, match="the run was interrupted: stopped by SIGINT") as caught:
         run("work_until_stopped", work(tmp_path, None), tmp_path / "logs", on_poll=press)
     assert caught.value.kind == "interrupted"
-    assert capfd.readouterr().err == "stopping: saving a checkpoint (Ctrl-C again to stop at once)\n"
+    assert capfd.readouterr().err == "stopping: saving what there is (Ctrl-C again to stop at once)\n"
     assert not list((tmp_path / "logs").glob("error_rank*"))  # they ended by themselves
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 

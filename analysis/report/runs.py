@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from analysis.errors import ResultsError
-from analysis.load import Run, load_run, load_samples
+from analysis.load import STATUSES, Run, load_run, load_samples
 from analysis.report.elements import details, table, text
 
 _MARKS = {"status.json", "manifest.json", "metrics.parquet", "samples.parquet", "comm.parquet"}
@@ -60,6 +60,8 @@ def _entry(folder: Path, name: str) -> Entry:
     run = load_run(folder, metrics=("bytes",))
     if (folder / "samples.parquet").exists():
         samples = load_samples(folder)
+        if samples.status == "done" and run.status in set(STATUSES) - {"done", "refused"}:  # a part of the shapes
+            return Entry(name, "benchmark", run, run.status, run.reason)
         return Entry(name, "benchmark", run, samples.status, samples.reason)
     if (folder / "comm.parquet").exists():
         return Entry(name, "benchmark", run, "done", "")
