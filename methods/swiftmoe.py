@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from itertools import chain, islice
 from typing import Literal
 
 import numpy as np
@@ -27,6 +28,7 @@ from torch.optim import Optimizer
 
 from methods.swiftmoe_optimizer import ExpertShards
 from methods.swiftmoe_popularity import Popularity
+from methods.swiftmoe_rank_table import RankTable, on_device
 from methods.swiftmoe_scheduler import SlotTable, even_table, table_of
 from methods.swiftmoe_slots import SlotExperts
 from moe.exchange_costs import ring_cost
@@ -73,6 +75,7 @@ class SwiftMoELayer(ReplicatedMoE):
 
     Attributes:
         table: which expert is in which slot.
+        here: what this rank makes of it.
         counts_E: [E] int64, this rank's copies in the last forward pass with gradients, one of which is meant to be in
             each training step; None once they are summed.
         popularity: tells their sums over ranks, [E]; None before and after.
@@ -80,6 +83,7 @@ class SwiftMoELayer(ReplicatedMoE):
     """
 
     table: SlotTable
+    here: RankTable
     experts: SlotExperts
     counts_E: Tensor | None
     popularity: Callable[[], list[int]] | None
@@ -88,7 +92,9 @@ class SwiftMoELayer(ReplicatedMoE):
     def __init__(self, spec: LayerSpec, mesh: Mesh, options: Options) -> None:
         table = even_table(spec.num_experts, mesh.world_size, options.slots(spec.num_experts, mesh.world_size))
         flat = FlatExperts(spec, mesh.world_size)
-        super().__init__(spec, mesh, table, SlotExperts(spec, mesh, table, flat), options.drop)
+        here = RankTable(table, mesh.rank)
+        super().__init__(spec, mesh, table, SlotExperts(spec, mesh, here, flat), options.drop)
+        _use([self], [here])
         self.shards = ExpertShards(spec, mesh, flat, REDUCE_DTYPES[options.reduce_dtype], options.offload)
         self.counts_E = self.popularity = None
         self._set_whole(self.shards.new_whole(spec))
@@ -115,7 +121,7 @@ class SwiftMoELayer(ReplicatedMoE):
         with torch.no_grad():
             self.shards.take(self.whole, optimizer)
             self._set_whole(None)
-            in_turn([self.shards.refill(self.experts, self.table)])
+            in_turn([self.shards.refill(self.experts, self.here)])
 
     @contextmanager
     def whole_experts(self, optimizer: Optimizer, loading: bool) -> Iterator[None]:
@@ -144,8 +150,7 @@ class SwiftMoELayer(ReplicatedMoE):
 
     def use(self, table: SlotTable) -> None:
         """Go by another table; its slots must be filled next (`ExpertShards.refill`)."""
-        self.table = table
-        self.gate.use(table)
+        _use([self], [RankTable(table, self.mesh.rank)])
 
     @property
     def path(self) -> str:
@@ -163,8 +168,8 @@ class SwiftMoELayer(ReplicatedMoE):
 
     def drop_gradients(self) -> None:
         """Of all parameters and of the slots, which are none of the module's."""
-        for parameter in [*self.parameters(), self.experts.w_in, self.experts.w_out]:
-            parameter.grad = None
+        super().drop_gradients()
+        self.experts.drop_gradients()
 
     def restore_placement(self, expert_of_slot: list[int] | None) -> None:
         """Take a checkpoint's table where it fits, else an even one; weights are to be loaded next."""
@@ -190,7 +195,7 @@ class ShardSync(GradientSync):
     def reduce(self) -> None:
         """Reduce every gradient, and sum how popular experts are. Collective."""
         underway: list[Exchange] = []
-        in_turn(layer.shards.collect(layer.experts, layer.table, underway) for layer in self.layers)
+        in_turn(layer.shards.collect(layer.experts, underway) for layer in self.layers)
         with step_part("popularity"):  # here, so that a GPU has work to do while the host decides by it
             self._sum_popularity()
         super().reduce()
@@ -281,11 +286,28 @@ def place(layers: Sequence[SwiftMoELayer], tables: Sequence[SlotTable]) -> None:
         tables: of each; of the layers' sizes, and the same on all ranks.
     """
     with step_part("metadata"):
-        for layer, table in zip(layers, tables, strict=True):
-            layer.use(table)
+        moved = [
+            (layer, RankTable(table, layer.mesh.rank))
+            for layer, table in zip(layers, tables, strict=True)
+            if table is not layer.table
+        ]
+        if moved:
+            _use(*zip(*moved, strict=True))
+        for layer in layers:
             layer.popularity = None
     with step_part("weights"):
-        in_turn(layer.shards.refill(layer.experts, layer.table) for layer in layers)
+        in_turn(layer.shards.refill(layer.experts, layer.here) for layer in layers)
+
+
+def _use(layers: Sequence[SwiftMoELayer], heres: Sequence[RankTable]) -> None:
+    """Let gates and shards go by other tables, all of which the device is told at once."""
+    numbers = [[layer.gate.numbers(here.table), *here.numbers()] for layer, here in zip(layers, heres, strict=True)]
+    tensors = iter(on_device(list(chain(*numbers)), layers[0].mesh))
+    for layer, here, lists in zip(layers, heres, numbers, strict=True):
+        of_gate, *rest = islice(tensors, len(lists))
+        layer.table, layer.here = here.table, here
+        layer.gate.use(here.table, of_gate)
+        here.take(rest)
 
 
 def _swift_layers(model: nn.Module) -> list[SwiftMoELayer]:

@@ -21,8 +21,9 @@ from torch.optim import Optimizer
 
 from methods.swiftmoe_groups import consecutive_groups
 from methods.swiftmoe_host import HostBuffers
-from methods.swiftmoe_scheduler import SlotTable
+from methods.swiftmoe_rank_table import RankTable
 from methods.swiftmoe_slots import SlotExperts
+from moe import ops
 from moe.experts import GroupedExperts
 from moe.flat_experts import FlatExperts
 from moe.mesh import Mesh
@@ -62,7 +63,7 @@ class ExpertShards(nn.Module):
 
     # One step of training
 
-    def collect(self, slots: SlotExperts, table: SlotTable, underway: list[Exchange]) -> Iterator[None]:
+    def collect(self, slots: SlotExperts, underway: list[Exchange]) -> Iterator[None]:
         """Reduce the gradients of all slots and make their mean over ranks the gradient of this rank's shards; in
         parts, for `in_turn`, and where the shards are on the host followed by `finish`.
 
@@ -71,66 +72,50 @@ class ExpertShards(nn.Module):
 
         Args:
             slots: with the gradients.
-            table: which expert is in which slot.
             underway: exchanges of other layers that have not come to their end; this one's is among them meanwhile.
         """
-        rank, num_ranks = self.mesh.rank, self.mesh.world_size
+        here = slots.here
         with step_part("expert_gradients"):
-            flat = slots.summed_gradients(self.reduce_dtype)
-            works = self._sum_over_ranks(flat, slots, table, underway)
+            sums_RF = slots.summed_gradients(self.reduce_dtype)
+            works = self._sum_over_ranks(sums_RF[here.num_sent :], here, underway)
         yield
         with step_part("expert_gradients"):
             for work in works:
                 work.wait()
-            slots.show_gradients(flat)
+            if here.has_late_rows:
+                to, source = here.late_2
+                sums_RF.index_copy_(0, to, sums_RF.index_select(0, source))
         with step_part("gradient_shards"):
-            sends = [
-                [place for place, run in enumerate(slots.runs) if table.source(run.expert, peer) == rank]
-                for peer in range(num_ranks)
-            ]
-            sources = [table.source(expert, rank) for expert in range(len(self.master_EF))]
-            arrived = sorted(range(len(sources)), key=sources.__getitem__)  # in the order of who sends them
-            # Shard n of the expert at place g of those here is row g N + n.
-            order = [place * num_ranks + peer for peer, places in enumerate(sends) for place in places]
-            rows_RF = flat.view(-1, self.flat.shard_size).index_select(0, self.mesh.tensor(order))
-            received_rows = [sources.count(peer) for peer in range(num_ranks)]
-            exchange = Exchange(rows_RF, list(map(len, sends)), received_rows, rank)
+            exchange = Exchange(sums_RF[: here.num_sent], here.send_rows, here.receive_rows, self.mesh.rank)
             underway.append(exchange)
-            del flat, rows_RF
+            del sums_RF
         yield
         with step_part("gradient_shards"):
-            place_of = {expert: place for place, expert in enumerate(arrived)}
-            in_order = self.mesh.tensor([place_of[expert] for expert in range(len(arrived))])
-            grad_EF = exchange.received().index_select(0, in_order).to(torch.float32).div_(num_ranks)
+            grad_EF = exchange.received().to(torch.float32).div_(self.mesh.world_size)
             underway.remove(exchange)
             if self.host is None:
                 self.master_EF.grad = grad_EF.to(self.master_EF.dtype)
             else:
                 self.host.take_gradient(grad_EF)
 
-    def _sum_over_ranks(
-        self, flat: Tensor, slots: SlotExperts, table: SlotTable, underway: list[Exchange]
-    ) -> list[dist.Work]:
-        """Sum the experts that several ranks hold, in place; what there is to wait for.
+    def _sum_over_ranks(self, sums_RF: Tensor, here: RankTable, underway: list[Exchange]) -> list[dist.Work]:
+        """Sum the experts that several ranks hold, in place, each N rows of [S N, F]; what there is to wait for.
 
         Each run of ranks has a communicator of its own, and two communicators of NCCL that are busy at once can lock
         each other up: one GPU may begin with the one, another GPU with the other. So all ranks start all of them in one
         order, and on a GPU each waits for the one before it, and the first for the messages under way, which are of yet
         another communicator. It is the queue that waits there, not the host.
         """
-        if flat.is_cuda:
+        if sums_RF.is_cuda:
             for exchange in underway:
                 exchange.wait()
-        row_of = {run.expert: row for row, run in zip(flat, slots.runs, strict=True)}
         works: list[dist.Work] = []
-        for expert in table.shared:
-            if expert in row_of:
-                ranks = table.holders[expert]
-                work = dist.all_reduce(row_of[expert], group=self._groups[ranks[0], ranks[-1]], async_op=True)
-                assert work is not None
-                if flat.is_cuda:
-                    work.wait()
-                works.append(work)
+        for ranks, expert_NF in zip(here.groups, sums_RF.split(self.mesh.world_size), strict=False):
+            work = dist.all_reduce(expert_NF, group=self._groups[ranks], async_op=True)
+            assert work is not None
+            if sums_RF.is_cuda:
+                work.wait()
+            works.append(work)
         return works
 
     def finish(self) -> None:
@@ -138,22 +123,25 @@ class ExpertShards(nn.Module):
         if self.host is not None:
             self.master_EF.grad = self.host.gradient().to(self.master_EF.dtype)
 
-    def refill(self, slots: SlotExperts, table: SlotTable) -> Iterator[None]:
-        """Send every slot of `table` its expert's weights; in parts, for `in_turn`.
+    def refill(self, slots: SlotExperts, here: RankTable) -> Iterator[None]:
+        """Send every slot of a table its expert's weights; in parts, for `in_turn`.
 
         Each rank sends its shard of the slot's expert, whatever was in the slot before: rebalancing costs nothing on
         top (section 4.4). Slots of one rank with the same expert get it once each, as the paper counts.
+
+        Args:
+            slots: to be filled.
+            here: what this rank makes of the table.
         """
-        slots_per_rank, num_ranks = table.slots_per_rank, self.mesh.world_size
+        slots_per_rank, num_ranks = here.table.slots_per_rank, self.mesh.world_size
         master_EF, dtype = self.master_EF.detach(), slots.w_in.dtype
-        weights_EF = master_EF.to(dtype) if self.host is None else self.host.weights(master_EF)
-        rows_JF = weights_EF.index_select(0, self.mesh.tensor(table.expert_of_slot))
+        weights_EF = master_EF if self.host is None else self.host.weights(master_EF)
+        rows_JF = _in_slots(weights_EF, here, dtype)
         exchange = Exchange(rows_JF, [slots_per_rank] * num_ranks, [slots_per_rank] * num_ranks, self.mesh.rank)
         del weights_EF, rows_JF
         yield
-        shards_NLF = exchange.received().view(num_ranks, slots_per_rank, -1)
-        slots.use(table)
-        slots.fill(shards_NLF.transpose(0, 1).flatten(1))
+        slots.use(here)
+        slots.fill(exchange.received().view(num_ranks, slots_per_rank, -1))
 
     # Whole experts, for initial weights and checkpoints
 
@@ -215,3 +203,11 @@ class ExpertShards(nn.Module):
         those here, and each rank's."""
         for place in range(max(map(len, self._whole))):
             yield slice(place, place + 1), [held[place : place + 1] for held in self._whole]
+
+
+def _in_slots(weights_EF: Tensor, here: RankTable, dtype: torch.dtype) -> Tensor:
+    """Shards of experts [E, F] to those of all slots [J, F], in a dtype."""
+    num_slots = here.table.num_slots
+    if ops.is_fast(weights_EF):
+        return ops.kernels().copy_to_replicas(weights_EF, here.slots_E2, num_slots, dtype)
+    return weights_EF.to(dtype).repeat_interleave(here.slots_E2[:, 1], dim=0, output_size=num_slots)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -106,14 +106,23 @@ class SlotTable:
     def runs(self, rank: int) -> list[Run]:
         """The experts of a rank's slots, in order, each once."""
         start = rank * self.slots_per_rank
-        held = self.expert_of_slot[start : start + self.slots_per_rank]
-        return [Run(expert, held.index(expert), held.count(expert)) for expert in sorted(set(held))]
+        last = start + self.slots_per_rank - 1
+        edges = [start, *self.first_slots[self.expert_of_slot[start] + 1 : self.expert_of_slot[last] + 1], last + 1]
+        experts = range(self.expert_of_slot[start], self.expert_of_slot[last] + 1)
+        return [
+            Run(expert, first - start, stop - first)
+            for expert, (first, stop) in zip(experts, pairwise(edges), strict=True)
+        ]
 
-    def source(self, expert: int, rank: int) -> int:
-        """Whose gradient of an expert `rank` takes its shard of: its own if it has one, else one of those that have,
-        so that they share the sending (SYMI, algorithm 2)."""
-        holders = self.holders[expert]
-        return rank if rank in holders else holders[rank % len(holders)]
+    @cached_property
+    def sources_EN(self) -> np.ndarray:
+        """[E, N], whose gradient of an expert each rank takes its shard of: its own if it has one, else one of those
+        that have, so that they share the sending (SYMI, algorithm 2)."""
+        first_slots, ranks_N = np.asarray(self.first_slots), np.arange(self.num_slots // self.slots_per_rank)
+        first_E1 = (first_slots // self.slots_per_rank)[:, None]
+        last_E1 = ((first_slots + self.counts - 1) // self.slots_per_rank)[:, None]
+        holds_EN = (first_E1 <= ranks_N) & (ranks_N <= last_E1)
+        return np.where(holds_EN, ranks_N, first_E1 + ranks_N % (last_E1 - first_E1 + 1))
 
     def after(self, popularity: Sequence[int]) -> SlotTable:
         """The next iteration's table. Where no token chose anything the old one stays (ours; the paper has no rule)."""

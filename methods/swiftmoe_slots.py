@@ -1,7 +1,8 @@
 """SwiftMoE's expert slots (SYMI, arXiv 2504.19925): weights that live for one iteration, in the dtype of the
 arithmetic, and the sums of their gradients over an expert's replicas (section 4.1).
 
-Dimensions: N ranks, L slots of this rank, G experts with a slot here, F numbers of one of an expert's N equal shards.
+Dimensions: N ranks, L slots of this rank, G experts with a slot here, F numbers of one of an expert's N equal shards,
+R shards.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from methods.swiftmoe_scheduler import SlotTable
+from methods.swiftmoe_rank_table import RankTable
+from moe import ops
 from moe.experts import GroupedExperts
 from moe.flat_experts import FlatExperts
 from moe.mesh import Mesh
@@ -23,54 +25,86 @@ class SlotExperts(GroupedExperts):
     Args:
         spec: of the layer; the weights have its dtype.
         mesh: of the run.
-        table: of the first iteration.
+        here: of the first iteration.
         flat: layout of an expert's vector.
+
+    Attributes:
+        here: what this rank makes of the table that the slots are filled by.
     """
 
-    def __init__(self, spec: LayerSpec, mesh: Mesh, table: SlotTable, flat: FlatExperts) -> None:
-        super().__init__(spec, range(table.slots_per_rank), torch.device("meta"))
+    here: RankTable
+
+    def __init__(self, spec: LayerSpec, mesh: Mesh, here: RankTable, flat: FlatExperts) -> None:
+        super().__init__(spec, range(here.table.slots_per_rank), torch.device("meta"))
         for name, shape in [("w_in", self.w_in.shape), ("w_out", self.w_out.shape)]:
             delattr(self, name)
             weight = nn.Parameter(torch.empty(shape, dtype=spec.dtype, device=mesh.device))
             object.__setattr__(self, name, weight)  # nn.Module's own would make it a parameter of the module
-        self.rank, self.num_ranks, self.flat = mesh.rank, mesh.world_size, flat
-        self.use(table)
+        self.mesh, self.flat = mesh, flat
+        self._sums_RF: Tensor | None = None
+        self.use(here)
 
-    def use(self, table: SlotTable) -> None:
+    def use(self, here: RankTable) -> None:
         """Go by another table from now on."""
-        start = self.rank * table.slots_per_rank
-        self.experts = table.expert_of_slot[start : start + table.slots_per_rank]
-        self.runs = table.runs(self.rank)
+        self.here = here
+        self.experts = [run.expert for run in here.runs for _ in range(run.num_slots)]
 
     def views(self) -> list[ExpertView]:
         """Of each expert's first slot here, whose gradient is that of all replicas once they are reduced."""
+        self._show_gradients()
         views = super().views()
         each = len(views) // len(self.experts)
-        return [view for run in self.runs for view in views[run.first * each : (run.first + 1) * each]]
+        return [view for run in self.here.runs for view in views[run.first * each : (run.first + 1) * each]]
 
     def summed_gradients(self, dtype: torch.dtype) -> Tensor:
-        """The sum over this rank's slots of each expert, [G, N F] in a dtype, zero where there was no backward pass;
-        summed in float32 and rounded once."""
-        flat = self.flat.empty(len(self.runs), self.w_in, dtype)
-        for part, weight in zip(self.flat.parts(flat), (self.w_in, self.w_out), strict=True):
-            for row, run in zip(part, self.runs, strict=True):
-                if weight.grad is None:
-                    row.zero_()
+        """The sums over this rank's slots of each expert, as shards [R, F] in `RankTable.order` and in a dtype, zero
+        where there was no backward pass; summed in float32 and rounded once. The slots' own gradients are gone then;
+        `views` show what the caller makes of these in place, until the next backward pass or `drop_gradients`."""
+        here, num_ranks, size = self.here, self.mesh.world_size, self.flat.shard_size
+        grad_in, grad_out = self.w_in.grad, self.w_out.grad
+        self.drop_gradients()
+        if grad_in is None or grad_out is None:
+            sums_RF = self.w_in.new_zeros(len(here.order), size, dtype=dtype)
+        elif ops.is_fast(grad_in):
+            sums_RF = ops.kernels().sum_replicas(
+                grad_in.contiguous(), grad_out.contiguous(), here.order_R, here.runs_G2, num_ranks, size, dtype
+            )
+        else:
+            flat = self._summed(grad_in, grad_out, dtype)
+            sums_RF = flat.view(-1, size).index_select(0, here.order_R)
+        self._sums_RF = sums_RF
+        return sums_RF
+
+    def _summed(self, grad_in: Tensor, grad_out: Tensor, dtype: torch.dtype) -> Tensor:
+        """Gradients [L, ...] to sums [G, N F]."""
+        flat = self.flat.empty(len(self.here.runs), grad_in, dtype)
+        for part, grads in zip(self.flat.parts(flat), (grad_in, grad_out), strict=True):
+            for row, run in zip(part, self.here.runs, strict=True):
+                replicas = grads[run.first : run.first + run.num_slots].flatten(1)
+                if dtype == torch.float32:
+                    torch.sum(replicas, 0, dtype=dtype, out=row)
                 else:
-                    grads = weight.grad[run.first : run.first + run.num_slots]
-                    summed = grads[0] if run.num_slots == 1 else grads.sum(0, dtype=torch.float32)
-                    row.view(grads.shape[1:]).copy_(summed)
+                    row.copy_(replicas[0] if run.num_slots == 1 else replicas.sum(0, dtype=torch.float32))
         return flat
 
-    def show_gradients(self, flat: Tensor) -> None:
-        """Write the mean over ranks of sums [G, N F] to each expert's first slot, where `views` see it. The paper also
-        copies it to the others, where nothing would read it."""
+    @torch.no_grad()
+    def _show_gradients(self) -> None:
+        """Write the mean over ranks of the last sums to each expert's first slot. The paper does so in every step and
+        to all slots; here nothing of a step reads it, so it is done when someone looks."""
+        if self._sums_RF is None or self.w_in.grad is not None:
+            return
+        rows = self.mesh.tensor(self.here.rows_of_experts())
+        flat = self._sums_RF.index_select(0, rows).view(len(self.here.runs), -1)
         for part, weight in zip(self.flat.parts(flat), (self.w_in, self.w_out), strict=True):
-            if weight.grad is not None:
-                for row, run in zip(part, self.runs, strict=True):
-                    torch.div(row.view(weight.shape[1:]), self.num_ranks, out=weight.grad[run.first])
+            weight.grad = torch.zeros_like(weight)
+            for row, run in zip(part, self.here.runs, strict=True):
+                torch.div(row.view(weight.shape[1:]), self.mesh.world_size, out=weight.grad[run.first])
 
-    def fill(self, flat: Tensor) -> None:
-        """Take the weights [L, N F] of every slot; the gradients of what was there are gone."""
-        self.flat.unpack(flat, self.w_in.data, self.w_out.data)
-        self.w_in.grad = self.w_out.grad = None
+    def drop_gradients(self) -> None:
+        """Forget the slots' gradients and their sums."""
+        self.w_in.grad = self.w_out.grad = self._sums_RF = None
+
+    def fill(self, shards_NLF: Tensor) -> None:
+        """Take the weights of every slot, in shards [N, L, F]; the gradients of what was there are gone."""
+        self.flat.unpack_shards(shards_NLF, self.w_in.data, self.w_out.data)
+        self.drop_gradients()

@@ -5,6 +5,8 @@ Dimensions: G experts, N shards, F numbers of one.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import pairwise
 from math import prod
 
 import torch
@@ -47,3 +49,21 @@ class FlatExperts:
         """Write vectors [G, N F] into matrices [G, ...] and [G, ...]."""
         for part, matrix in zip(self.parts(flat), (w_in, w_out), strict=True):
             matrix.copy_(part.view_as(matrix))
+
+    def unpack_shards(self, shards_NGF: Tensor, w_in: Tensor, w_out: Tensor) -> None:
+        """As `unpack`, of vectors that lie as [N, G, F], their first shards first: straight to their places."""
+        size, start = self.shard_size, 0
+        for matrix in (w_in, w_out):
+            rows = matrix.view(len(matrix), -1)
+            stop = start + rows.shape[1]
+            for first, last in _pieces(start, stop, size):
+                shards = shards_NGF[first // size : -(-last // size)]
+                inside = shards[:, :, first % size : first % size + last - first].transpose(0, 1)
+                rows[:, first - start : last - start].view(inside.shape).copy_(inside)
+            start = stop
+
+
+def _pieces(start: int, stop: int, size: int) -> Iterator[tuple[int, int]]:
+    """Numbers from `start` to `stop` cut into those of one shard or of several whole ones, as few pieces as can be."""
+    edges = {start, stop, *(edge for edge in (-(-start // size) * size, stop // size * size) if start < edge < stop)}
+    return pairwise(sorted(edges))

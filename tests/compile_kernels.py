@@ -14,8 +14,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 # By name: the package's functions hide the modules `route` and `activate`.
-PEERS, ROUTE, ACTIVATE = (import_module(f"moe.kernels.{name}") for name in ("peers", "route", "activate"))
-BF16, FLOAT, LONG, INT = "*bf16", "*fp32", "*i64", "*i32"
+PEERS, ROUTE, ACTIVATE, REPLICAS = (
+    import_module(f"moe.kernels.{name}") for name in ("peers", "route", "activate", "replicas")
+)
+BF16, FLOAT, LONG, INT, BOOL = "*bf16", "*fp32", "*i64", "*i32", "*i1"
 WIDTHS = {"M": 2048, "BLOCK": 2048}
 KERNELS: list[tuple[str, Any, list[str], dict[str, Any], int]] = [
     (
@@ -78,6 +80,34 @@ KERNELS: list[tuple[str, Any, list[str], dict[str, Any], int]] = [
         ACTIVATE._activate_backward,
         [BF16, FLOAT, BF16, FLOAT],
         {"H": 4096, "SWIGLU": True, "WEIGHTED": True, "BLOCK": 2048},
+        4,
+    ),
+    (
+        "count in queue",
+        REPLICAS._count_in_queue,
+        [LONG, INT, "i32"],
+        {"E": 16, "K": 2, "BLOCK": 1024, "EXPERTS": 16},
+        4,
+    ),
+    (
+        "take turns",
+        REPLICAS._take_turns,
+        [LONG, INT, INT, LONG, LONG, LONG, BOOL, LONG, "i32"],
+        {"E": 16, "K": 2, "BLOCK": 1024, "EXPERTS": 16, "HAS_QUOTA": True, "HAS_ORDER": True},
+        4,
+    ),
+    (
+        "sum replicas",
+        REPLICAS._sum_replicas,
+        [BF16, BF16, LONG, LONG, FLOAT],
+        {"N": 2, "F": 768 * 1536, "IN": 768 * 1536, "OUT": 768 * 1536, "BLOCK": 1024},
+        4,
+    ),
+    (
+        "copy to replicas",
+        REPLICAS._copy_to_replicas,
+        [FLOAT, LONG, BF16],
+        {"F": 768 * 1536, "BLOCK": 1024},
         4,
     ),
 ]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -20,6 +21,7 @@ from methods import swiftmoe_optimizer
 from methods.swiftmoe import SwiftMoE, SwiftMoELayer, place
 from methods.swiftmoe_groups import consecutive_groups
 from methods.swiftmoe_scheduler import SlotTable, even_table
+from moe import ops, point_to_point
 from moe.mesh import Mesh, create_mesh
 from moe.metering import LinkMeter
 from moe.point_to_point import Exchange, in_turn
@@ -63,6 +65,7 @@ def measure(payload: dict[str, Any], info: RankInfo) -> list[dict[str, Any]]:
         "offloaded": offloaded(mesh),
         "bytes": [sent(table, mesh) for table in TABLES],
         "drops": {drop: drops(drop, mesh) for drop in ("per_source", "global")},
+        "on kernels": on_kernels(mesh) if ops.HAS_TRITON else None,
         "few experts": few_experts(mesh),
         "checkpoint": checkpoint(mesh),
         "model": model(mesh),
@@ -87,6 +90,8 @@ def exchange(mesh: Mesh) -> dict[str, Any]:
     receive = [rows(peer, mesh.rank) for peer in range(4)]
     sent_RF = torch.cat([torch.full((count, 2), 10.0 * mesh.rank + peer) for peer, count in enumerate(send)])
     received = Exchange(sent_RF, send, receive, mesh.rank).received()
+    with one_call() as calls:
+        in_one_call = Exchange(sent_RF, send, receive, mesh.rank).received()
     expected = torch.cat([torch.full((count, 2), 10.0 * peer + mesh.rank) for peer, count in enumerate(receive)])
     order: list[str] = []
 
@@ -96,7 +101,37 @@ def exchange(mesh: Mesh) -> dict[str, Any]:
             yield
 
     in_turn([work("a", 3), work("b", 3), work("c", 3)])
-    return {"equal": torch.equal(received, expected), "order": order}
+    equal = [torch.equal(found, expected) for found in (received, in_one_call)]
+    return {"equal": equal, "calls": len(calls), "order": order}
+
+
+@contextmanager
+def one_call() -> Iterator[list[None]]:
+    """As if messages were NCCL's, which takes those of all pairs in one call; the calls."""
+    calls: list[None] = []
+
+    def all_to_all(received: list[Tensor], sent: list[Tensor], async_op: bool) -> Any:
+        calls.append(None)
+        assert async_op and not len(sent[dist.get_rank()]), "what stays is no message"
+        messages = [*((dist.isend, tensor) for tensor in sent), *((dist.irecv, tensor) for tensor in received)]
+        operations = [
+            dist.P2POp(operation, tensor, index % len(sent))
+            for index, (operation, tensor) in enumerate(messages)
+            if len(tensor)
+        ]
+        works = dist.batch_isend_irecv(operations) if operations else []
+        return SimpleNamespace(wait=lambda: [work.wait() for work in works])
+
+    with mock.patch.object(point_to_point, "ranks_are_on_cuda", return_value=True):
+        with mock.patch.object(dist, "all_to_all", all_to_all):
+            yield calls
+
+
+def on_kernels(mesh: Mesh) -> dict[str, Any]:
+    """Training and drops as elsewhere, by the kernels that a GPU would run."""
+    with mock.patch.object(ops, "is_fast", return_value=True):
+        facts = {"placements": placements(LAYERS["padded"], mesh, TABLES[:2])}
+        return facts | {"drops": {drop: drops(drop, mesh) for drop in ("per_source", "global")}}
 
 
 def swift_layer(spec: LayerSpec, mesh: Mesh, **options: Any) -> tuple[SwiftMoE, SwiftMoELayer]:
@@ -174,7 +209,7 @@ def gathered_gradients(facts: dict[str, Tensor]) -> dict[str, Tensor]:
     return union
 
 
-def placements(spec: LayerSpec, mesh: Mesh) -> dict[str, Any]:
+def placements(spec: LayerSpec, mesh: Mesh, tables: Sequence[SlotTable] = TABLES) -> dict[str, Any]:
     """Errors against flat's layer over steps with another placement after each; whether replicas are the same bits."""
     plain_system = create("flat")
     plain = plain_system.build_layer(spec, mesh)
@@ -182,7 +217,7 @@ def placements(spec: LayerSpec, mesh: Mesh) -> dict[str, Any]:
     system, layer = swift_layer(spec, mesh)
     trainees = [Trainee(plain_system, plain), Trainee(system, layer)]
     facts: dict[str, Any] = {"errors": {}, "replicas": [], "optimizer's parameters": [], "norms": []}
-    for index, table in enumerate(TABLES):
+    for index, table in enumerate(tables):
         expected, found = (trainee.step(index) for trainee in trainees)
         all_expected, all_found = gathered_gradients(expected), gathered_gradients(found)
         assert all_expected.keys() == all_found.keys()

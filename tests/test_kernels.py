@@ -238,4 +238,6 @@ def test_kernels_compile_and_move_sixteen_bytes_at_a_time() -> None:
     assert wide["pull"]["loads"] > 0 and wide["pull"]["stores"] > 0
     assert wide["push"]["loads"] > 0 and wide["push"]["stores"] > 0
     assert wide["activate backward"]["loads"] > 0 and wide["activate backward"]["stores"] > 0
-    assert {"sum", "route", "route 256"} < wide.keys()
+    assert wide["sum replicas"]["loads"] > 0 and wide["sum replicas"]["stores"] > 0
+    assert wide["copy to replicas"]["loads"] > 0 and wide["copy to replicas"]["stores"] > 0
+    assert {"sum", "route", "route 256", "count in queue", "take turns"} < wide.keys()

@@ -1,4 +1,5 @@
-"""Triton kernels of the native layer on a GPU: what `moe.ops`, the gate, the experts and `moe.peer_dispatch` do there.
+"""Triton kernels of the native layer on a GPU: what `moe.ops`, the gates, the experts, their replicas and
+`moe.peer_dispatch` do there.
 
 Each program has a token, a row or a block of its own, computes in float32, and no two write one element: no atomics, so
 two runs agree bit for bit. They run under TRITON_INTERPRET=1 on a CPU too, where tests hold them
@@ -7,6 +8,7 @@ against the torch path.
 
 from moe.kernels.activate import activate, activate_backward_
 from moe.kernels.peers import LocalRows, pull_rows, push_sums, stage_tokens, sum_partials
+from moe.kernels.replicas import copy_to_replicas, sum_replicas, take_turns
 from moe.kernels.route import route, route_backward
 from moe.kernels.rows import gather_rows, sum_copies, weighted_sum_backward
 from moe.kernels.sort import count_choices, sort_by_expert
@@ -17,6 +19,7 @@ __all__ = [
     "LocalRows",
     "activate",
     "activate_backward_",
+    "copy_to_replicas",
     "count_choices",
     "gather_rows",
     "pull_rows",
@@ -27,6 +30,8 @@ __all__ = [
     "stage_tokens",
     "sum_copies",
     "sum_partials",
+    "sum_replicas",
     "sum_terms",
+    "take_turns",
     "weighted_sum_backward",
 ]

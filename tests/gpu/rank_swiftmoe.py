@@ -21,6 +21,7 @@ from experiments.registry import create
 from methods.swiftmoe import SwiftMoELayer, place
 from methods.swiftmoe_scheduler import SlotTable
 from moe.mesh import Mesh, create_mesh
+from moe.point_to_point import Exchange
 from moe.stages import StageClock
 from moe.system import LayerSpec
 from moe.topology import cluster_of
@@ -56,6 +57,7 @@ def measure(payload: dict[str, Any], info: RankInfo) -> list[dict[str, Any]]:
     """Facts by rank; checkpoints are written below `payload["folder"]`."""
     mesh = create_mesh(cluster_of([info.world_size]), info.device)
     facts: dict[str, Any] = {
+        "exchanges": [exchange(shift, mesh) for shift in range(3)],
         "placements": placements(mesh),
         "idle experts": idle_experts(mesh),
         "models": {name: model(name, Path(payload["folder"]), mesh) for name in MODEL_SYSTEMS},
@@ -64,6 +66,27 @@ def measure(payload: dict[str, Any], info: RankInfo) -> list[dict[str, Any]]:
     gathered: list[dict[str, Any]] = [{} for _ in range(info.world_size)]
     dist.all_gather_object(gathered, facts)
     return gathered
+
+
+def exchange(shift: int, mesh: Mesh) -> bool:
+    """Whether rows that say where they come from and go to arrive there, some pairs having none."""
+    peers = range(mesh.world_size)
+
+    def rows(source: int, target: int) -> int:
+        return (source + 2 * target + shift) % 3
+
+    def marked(pairs: list[tuple[int, int]]) -> torch.Tensor:
+        marks = [(100.0 * source + target, 1.0) for source, target in pairs for _ in range(rows(source, target))]
+        return mesh.tensor(marks, torch.float32).view(-1, 2)
+
+    send, receive = ([rows(*pair) for pair in pairs] for pairs in _pairs(mesh.rank, peers))
+    sent, expected = (marked(pairs) for pairs in _pairs(mesh.rank, peers))
+    return torch.equal(Exchange(sent, send, receive, mesh.rank).received(), expected)
+
+
+def _pairs(rank: int, peers: range) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """Sources and targets of what a rank sends, and of what it receives."""
+    return [(rank, peer) for peer in peers], [(peer, rank) for peer in peers]
 
 
 def placements(mesh: Mesh) -> dict[str, Any]:

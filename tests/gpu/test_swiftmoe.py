@@ -32,6 +32,10 @@ def facts(tmp_path_factory: pytest.TempPathFactory) -> Facts:
     )
 
 
+def test_rows_come_from_where_they_were_sent(facts: Facts) -> None:
+    assert all(found["exchanges"] == [True] * 3 for found in facts)
+
+
 def test_layers_train_as_flats_wherever_replicas_are(facts: Facts) -> None:
     for found in facts:
         for errors in found["placements"]["errors"]:

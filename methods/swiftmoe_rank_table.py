@@ -1,0 +1,91 @@
+"""A slot table as one rank sees it: which sums of gradients it makes, and which of their shards it sends and receives
+(SYMI, arXiv 2504.19925, section 4.3, algorithm 2). All of it depends on the table alone, so it is worked out once a
+table, and what a GPU has to know of it goes there with that of other layers.
+
+Dimensions: E experts, N ranks, G experts with a slot on this rank, S of them on other ranks too, F numbers of a shard.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from torch import Tensor
+
+from methods.swiftmoe_scheduler import SlotTable
+from moe.mesh import Mesh
+
+
+class RankTable:
+    """What a rank makes of a table. Experts with a slot here are counted by their place g, in order; shard n of the one
+    at place g is called g N + n.
+
+    Args:
+        table: which expert is in which slot.
+        rank: this one.
+
+    Attributes:
+        runs: the experts of this rank's slots, in order, each once.
+        num_sent: of the shards in `order`.
+        order: of the shards to be summed here: first those to send, for rank 0 first, by rising expert; behind them all
+            N of each expert of `groups`, whose own sums over ranks come in between.
+        send_rows, receive_rows: [N] shards to and from each rank, this one included. What is received is in the order
+            of experts, since no expert comes from a rank before that of the expert before it.
+        groups: first and last rank of each of the S experts, in the order of `SlotTable.shared`.
+        order_R, runs_G2: on the device (`take`), `order` and [first slot, slots] of `runs`.
+        slots_E2: the same of every expert and the slots of all ranks.
+        late_2: [2, rows], the rows among those to send that have to wait for sums over ranks, and where these lie.
+    """
+
+    order_R: Tensor
+    runs_G2: Tensor
+    slots_E2: Tensor
+    late_2: Tensor
+
+    def __init__(self, table: SlotTable, rank: int) -> None:
+        self.table, self.rank, self.runs = table, rank, table.runs(rank)
+        num_ranks, sources_EN = table.num_slots // table.slots_per_rank, table.sources_EN
+        here = range(self.runs[0].expert, self.runs[-1].expert + 1)
+        shared = [expert for expert in table.shared if expert in here]
+        self.groups = [(table.holders[expert][0], table.holders[expert][-1]) for expert in shared]
+        sources_NG = sources_EN[here.start : here.stop].T
+        peers, places = np.nonzero(sources_NG == rank)
+        self.send_rows = np.bincount(peers, minlength=num_ranks).tolist()
+        self.receive_rows = np.bincount(sources_EN[:, rank], minlength=num_ranks).tolist()
+        to_send = (places * num_ranks + peers).tolist()
+        behind = [(expert - here.start) * num_ranks + peer for expert in shared for peer in range(num_ranks)]
+        self.order, self.num_sent = to_send + behind, len(to_send)
+        sum_of = {shard: self.num_sent + index for index, shard in enumerate(behind)}
+        self._late = [(row, sum_of[shard]) for row, shard in enumerate(to_send) if shard in sum_of]
+
+    def numbers(self) -> list[list[int]]:
+        """What `take` wants to have on the device."""
+        return [
+            self.order,
+            [number for run in self.runs for number in (run.first, run.num_slots)],
+            [number for pair in zip(self.table.first_slots, self.table.counts, strict=True) for number in pair],
+            [row for rows in zip(*self._late, strict=True) for row in rows],
+        ]
+
+    def take(self, tensors: Sequence[Tensor]) -> None:
+        """Use these tensors of `numbers`."""
+        self.order_R, runs, slots, late = tensors
+        self.runs_G2, self.slots_E2, self.late_2 = runs.view(-1, 2), slots.view(-1, 2), late.view(2, len(self._late))
+
+    @property
+    def has_late_rows(self) -> bool:
+        """Whether `late_2` has any."""
+        return bool(self._late)
+
+    def rows_of_experts(self) -> list[int]:
+        """[G N], where the sum of each shard lies in `order`, sums over ranks where there are some."""
+        row_of = {shard: row for row, shard in enumerate(self.order)}
+        return [row_of[shard] for shard in range(len(row_of))]
+
+
+def on_device(lists: Sequence[Sequence[int]], mesh: Mesh) -> list[Tensor]:
+    """Numbers of the host on the device, all in one transfer that the host does not wait for; int64, each list from a
+    16-byte boundary on, so that for kernels they are always alike (`moe.kernels.launch`)."""
+    sizes = [size for numbers in lists for size in (len(numbers), len(numbers) % 2)]
+    packed = [number for numbers in lists for number in (*numbers, *[0] * (len(numbers) % 2))]
+    return list(mesh.tensor(packed).split(sizes)[::2])
