@@ -6,8 +6,8 @@ tasks that is simulated here is meant to be issued to real streams. Tasks stand 
 host thread issues them: a resource takes its tasks in that order, as a CUDA stream does, and waits for the next one
 even where a later one could start. `background` tasks are the exception: they fill a resource's gaps.
 
-Not modelled: uneven routing (every rank and expert gets as much), skew between ranks (one rank stands for all), and
-collectives that take streaming multiprocessors from the computation beside them.
+Not modelled: uneven routing (every rank and expert gets as much) and skew between ranks (one rank stands for all). That
+operations slow each other, since they share links, multiprocessors or cores, is what `contention` says.
 """
 
 from __future__ import annotations
