@@ -163,8 +163,9 @@ class TopKGate(nn.Module):
             counts_E = ops.count_choices(expert_ids_TK, spec.num_experts)
             aux_loss = self.aux_loss(probs_TE, expert_ids_TK)
         kept_TK = self.keep(expert_ids_TK)
-        if kept_TK is not None:
-            weights_TK = combine_weights(probs_TE, expert_ids_TK, kept_TK)
+        if kept_TK is not None:  # one choice has nothing to be normalised with
+            one = spec.top_k == 1
+            weights_TK = weights_TK * kept_TK if one else combine_weights(probs_TE, expert_ids_TK, kept_TK)
         return Routing(expert_ids_TK, weights_TK, kept_TK, probs_TE, counts_E, aux_loss)
 
     @property
