@@ -23,15 +23,15 @@ from experiments.ranks import GIVEN_UP, JOB_STOP_FILE
 from experiments.results import RunDir, Status
 from moe.errors import SuiteError
 from slurm import scheduler
-from slurm.diagnosis import Evidence, Verdict, failed_by_itself, report_files, sizes, tail, verdict
+from slurm.diagnosis import LATE_S, Evidence, Verdict, failed_by_itself, report_paths, sizes, tail, verdict
 from slurm.records import Cell, CellLog, read_events
-from slurm.watchdog import WATCHDOG_S, silence_allowed_s, whereabouts
+from slurm.watchdog import WATCHDOG_S, place, silence_allowed_s, whereabouts
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 POLL_S = 1.0
 ATTEMPTS = 3
 DUMP_S = 5.0
-"""For the stacks of ranks that hang to be written."""
+"""For the stacks of ranks that hang to be written, on one node."""
 END_S = 20.0
 """For srun to end when it was told to; it can't reach the tasks of a node that is gone."""
 MARGIN_S = 15.0
@@ -59,6 +59,8 @@ class Job:
         self.cell = Cell.load(folder)
         self.runs = [RunDir(path) for path in self.cell.folders]
         self.log = CellLog(self.folder, allocation.job, allocation.restarts)
+        num_ranks = self.cell.shape.num_nodes * self.cell.shape.ranks_per_node
+        self.rank_logs = [self.folder / f"rank{rank}.log" for rank in range(num_ranks)]
         self.stop_file = self.folder / "stop_requested"
         self.given_up: list[str] = []
         self.hang: Verdict | None = None
@@ -131,12 +133,13 @@ class Job:
         return " and ".join(dict.fromkeys(self._received)) or "SIGTERM, which the ranks got"
 
     def _start(self) -> subprocess.Popen[bytes]:
-        for path in report_files(self._report_folders()):
-            path.unlink()
+        for path in report_paths(self._report_folders(), range(len(self.rank_logs))):
+            path.unlink(missing_ok=True)
         if not self._received:
             self.stop_file.unlink(missing_ok=True)
-        self._log_sizes, self._started = sizes(self.folder), time.time()
-        with (self.folder / "srun.log").open("ab") as log:
+        srun_log = self.folder / "srun.log"
+        self._log_sizes, self._started = sizes([*self.rank_logs, srun_log]), time.time()
+        with srun_log.open("ab") as log:
             return subprocess.Popen(
                 self._command(), env=self._environment(), stdin=subprocess.DEVNULL, stdout=log, stderr=log
             )
@@ -219,15 +222,25 @@ class Job:
         allowed_s = silence_allowed_s(lines, watchdog_s)
         if allowed_s is None or lines[0].when < self._started or time.time() - lines[-1].when < allowed_s:
             return None
-        size, names = self.cell.shape.ranks_per_node, self.allocation.hosts
-        hosts = [host for host in names for _ in range(size)]
-        logs = {rank: self.folder / f"rank{rank}.log" for rank in range(len(hosts))}
-        before = sizes(self.folder)
-        scheduler.signal_tasks(self.allocation.job, "QUIT")
-        time.sleep(DUMP_S)
-        dumps = {rank: tail(path, before.get(path, 0)) for rank, path in logs.items()}
         silence_s = time.time() - lines[-1].when
-        return Verdict("timeout", f"no step for {silence_s:.0f} s (watchdog): {whereabouts(dumps, hosts)}")
+        hosts = [host for host in self.allocation.hosts for _ in range(self.cell.shape.ranks_per_node)]
+        return Verdict("timeout", f"no step for {silence_s:.0f} s (watchdog): {whereabouts(self._stacks(), hosts)}")
+
+    def _stacks(self) -> dict[int, str]:
+        """What each rank's log gains when it is asked for its stack."""
+        before = sizes(self.rank_logs)
+        scheduler.signal_tasks(self.allocation.job, "QUIT")
+        deadline = time.monotonic() + (self._late_s or DUMP_S)
+        while True:
+            dumps = {rank: tail(path, before[path]) for rank, path in enumerate(self.rank_logs)}
+            if all(map(place, dumps.values())) or time.monotonic() >= deadline:
+                return dumps
+            time.sleep(POLL_S)
+
+    @property
+    def _late_s(self) -> float:
+        """How late a file that a rank wrote may show up here."""
+        return LATE_S if self.cell.shape.num_nodes > 1 else 0.0
 
     def _unfinished(self) -> RunDir | None:
         """The run that is under way, or was when the ranks ended: they take them in order."""
@@ -243,8 +256,7 @@ class Job:
 
     def _evidence(self, exit_code: int, oom_kills: int) -> Evidence:
         timeout_s = self.cell.config.get("trainer", {}).get("timeout_s", COLLECTIVE_TIMEOUT_S)
-        logs = {path: self._log_sizes.get(path, 0) for path in sizes(self.folder)}
-        return Evidence(exit_code, self._report_folders(), logs, oom_kills, timeout_s)
+        return Evidence(exit_code, self._report_folders(), self._log_sizes, oom_kills, timeout_s, self._late_s)
 
     def _nodes_answer(self) -> bool:
         """Whether ranks can be started again on all nodes."""

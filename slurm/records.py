@@ -3,6 +3,7 @@ lines that one job appends, so that nothing on a shared file system has two writ
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import time
@@ -160,15 +161,23 @@ class SweepFolder:
         return sorted((Cell.load(path.parent) for path in folders), key=lambda cell: cell.number)
 
     def add_submission(self, jobs: Mapping[int, str]) -> None:
-        """Keep the job ids of cells that were submitted."""
+        """Keep the job ids of cells that were submitted. Each of two calls at once finds a number of its own."""
         folder = self.path / "submissions"
         folder.mkdir(exist_ok=True)
         content = Submission(time.time(), {str(number): job for number, job in jobs.items()})
-        write_json(folder / f"{len(list(folder.glob('*.json')))}.json", asdict(content))
+        for number in itertools.count(len(list(folder.glob("*.json")))):
+            path = folder / f"{number}.json"
+            try:
+                path.open("x").close()
+            except FileExistsError:
+                continue
+            write_json(path, asdict(content))
+            return
 
     def job_of(self, number: int) -> str | None:
         """Slurm's id of the latest job of a cell, None before there is one."""
-        found = [Submission(**read_json(path)) for path in (self.path / "submissions").glob("*.json")]
+        texts = [path.read_text() for path in (self.path / "submissions").glob("*.json")]
+        found = [Submission(**json.loads(text)) for text in texts if text]  # one without is about to be written
         latest = [(item.when, item.jobs[str(number)]) for item in found if str(number) in item.jobs]
         latest += [(event.when, event.job) for event in read_events(self.cell_folder(number))]
         return max(latest)[1] if latest else None

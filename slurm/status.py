@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, get_args
 
@@ -18,7 +17,8 @@ from moe.errors import ConfigError, Problem, SuiteError
 from slurm.diagnosis import OWN_KINDS, read_reports
 from slurm.records import Cell, Event, SweepFolder, all_sweeps, read_events, sweeps_dir
 from slurm.scheduler import AT_WORK, WAITING, QueuedJob, final_state, queued
-from slurm.submission import Resources, site_variables, submit
+from slurm.submission import Resources, settle_environment, submit
+from slurm.writers import Writer, writer_of, writers
 
 RESUBMITTABLE = ("failed", "oom", "timeout", "interrupted")
 TRACEBACK_LINES = 3
@@ -46,6 +46,7 @@ class Row(NamedTuple):
         requeued: how often the job was.
         reason: why it waits, or ended.
         traceback: last lines, of a failure in a rank.
+        elsewhere: the job of another sweep that has the cell's run; None where none has.
     """
 
     cell: Cell
@@ -56,6 +57,7 @@ class Row(NamedTuple):
     requeued: int
     reason: str
     traceback: list[str]
+    elsewhere: Writer | None
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -67,13 +69,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     try:
         chosen = _statuses(options.resubmit)
+        settle_environment()
         sweeps, queue = _sweeps(options.sweeps), queued()
+        busy = writers(queue)
         for sweep in sweeps:
-            rows = rows_of(sweep, queue)
+            rows = rows_of(sweep, queue, busy)
             print(f"{sweep.path.name}\n{table(rows)}", flush=True)
-            again = [row.cell.number for row in rows if row.status in chosen]
-            if again:
-                _resubmit(sweep, again, options.time)
+            again = [row for row in rows if row.status in chosen]
+            for row in again:
+                if row.elsewhere is not None:
+                    print(f"not resubmitted: cell {row.cell.number}, whose run is in {row.elsewhere}", flush=True)
+            if cells := [row.cell for row in again if row.elsewhere is None]:
+                _resubmit(sweep, cells, options.time, busy)
     except SuiteError as error:
         print(error, file=sys.stderr, flush=True)
         sys.exit(2 if isinstance(error, ConfigError) else 1)
@@ -99,17 +106,18 @@ def _sweeps(names: Sequence[str]) -> list[SweepFolder]:
     return [SweepFolder(sweeps_dir() / name) for name in names or there]
 
 
-def rows_of(sweep: SweepFolder, queue: Mapping[str, QueuedJob]) -> list[Row]:
+def rows_of(sweep: SweepFolder, queue: Mapping[str, QueuedJob], busy: Mapping[str, Writer]) -> list[Row]:
     """Every cell of a sweep.
 
     Args:
         sweep: to look at.
         queue: jobs in Slurm's queue, by id.
+        busy: what `slurm.writers.writers` found.
     """
-    return [_row(sweep, cell, queue) for cell in sweep.cells()]
+    return [_row(sweep, cell, queue, busy) for cell in sweep.cells()]
 
 
-def _row(sweep: SweepFolder, cell: Cell, queue: Mapping[str, QueuedJob]) -> Row:
+def _row(sweep: SweepFolder, cell: Cell, queue: Mapping[str, QueuedJob], busy: Mapping[str, Writer]) -> Row:
     folder, job = sweep.cell_folder(cell.number), sweep.job_of(cell.number)
     events = [event for event in read_events(folder) if event.job == job]
     requeued = max((event.restarts for event in events), default=0)
@@ -128,7 +136,9 @@ def _row(sweep: SweepFolder, cell: Cell, queue: Mapping[str, QueuedJob]) -> Row:
     elif status == "done" and cell.max_steps:
         step = f"{cell.max_steps}/{cell.max_steps}"
     last_lines = _traceback(folder, cell) if status in ("failed", "oom") else []
-    return Row(cell, job or "-", status, step, eta_s, requeued, reason, last_lines)
+    writer = writer_of(cell, busy)
+    elsewhere = writer if writer is not None and writer.sweep != sweep.path.name else None
+    return Row(cell, job or "-", status, step, eta_s, requeued, reason, last_lines, elsewhere)
 
 
 def _status(cell: Cell, job: str | None, known: QueuedJob | None, events: Sequence[Event]) -> tuple[str, str]:
@@ -181,7 +191,7 @@ def _traceback(folder: Path, cell: Cell) -> list[str]:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """One line a cell, the traceback of one that failed below it, and a sum."""
+    """One line a cell, below it why it failed and which other sweep has its run, and a sum."""
     columns = [("cell", "job", "status", "step", "ETA", "what")]
     for row in rows:
         status = row.status + (f", requeued {_times(row.requeued)}" if row.requeued else "")
@@ -193,6 +203,8 @@ def table(rows: Sequence[Row]) -> str:
         lines.append("  ".join([*cells, texts[-1]]).rstrip())
         if told is not None and told.reason:
             lines += [f"      {text}" for text in [*told.traceback, " ".join(told.reason.split())]]
+        if told is not None and told.elsewhere is not None:
+            lines.append(f"      its run is in {told.elsewhere}")
     counts = Counter(row.status for row in rows)
     order = ["pending", *get_args(RunStatus)]
     lines.append(", ".join(f"{counts[status]} {status}" for status in order if counts[status]))
@@ -211,14 +223,18 @@ def _duration(seconds: float | None) -> str:
     return f"{hours}:{minutes:02}:{rest:02}"
 
 
-def _resubmit(sweep: SweepFolder, numbers: Sequence[int], time_limit: str | None) -> None:
+def _resubmit(
+    sweep: SweepFolder, cells: Sequence[Cell], time_limit: str | None, busy: MutableMapping[str, Writer]
+) -> None:
+    """Submit cells again, and add their jobs to `busy`: the sweeps that follow may have the same runs."""
     asked = sweep.resources()
     if not asked:
         print("not resubmitted: it was submitted by hand; give the same sbatch command again", flush=True)
         return
-    os.environ.update(site_variables())
     resources = Resources(**{**asked, "shape": Shape(**asked["shape"]), "time": time_limit or asked["time"]})
-    jobs = submit(sweep, numbers, resources)
+    jobs = submit(sweep, [cell.number for cell in cells], resources)
+    for cell in cells:
+        busy.update(dict.fromkeys(cell.folders, Writer(jobs[cell.number], sweep.path.name)))
     print(f"resubmitted: {', '.join(f'cell {number} as {job}' for number, job in jobs.items())}", flush=True)
 
 

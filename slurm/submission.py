@@ -22,8 +22,12 @@ from slurm.scheduler import minutes_of
 
 SAVE_S = 120
 """Seconds before a job's limit at which it is told to save; Slurm may be a minute early."""
-SBATCH_VARIABLES = {"time": "SBATCH_TIMELIMIT"}
+SBATCH_VARIABLES = {"time": "SBATCH_TIMELIMIT", "mem": "SBATCH_MEM_PER_NODE"}
 """Options of sbatch whose environment variable is not SBATCH_<NAME>."""
+ACCESS = ("SLURM_CONF", "SLURM_JWT")
+"""How Slurm is reached."""
+PLACE = ("ACCOUNT", "CLUSTERS", "CONSTRAINT", "EXPORT", "PARTITION", "QOS", "RESERVATION", "TIMELIMIT", "WCKEY")
+"""SBATCH_ variables that say where jobs run, for whom and how long, and nothing of their size."""
 MAX_JOBS_OF_AN_ARRAY = 1000
 """Slurm's default (MaxArraySize is one more)."""
 
@@ -64,6 +68,23 @@ class Resources:
         return self.shape.num_nodes * minutes_of(self.time) / 60
 
 
+def settle_environment() -> None:
+    """Make this process's environment what jobs are submitted from.
+
+    What shapes jobs goes: SLURM_, SALLOC_ and SBATCH_ variables but `ACCESS` and `PLACE`. An interactive allocation
+    (salloc, srun --pty) leaves them in the shell, sbatch takes them for options, and jobs inherit them. Then comes what
+    `site_variables` says.
+
+    Raises:
+        SuiteError: bash can't read the site's settings.
+    """
+    kept = (*ACCESS, *(f"SBATCH_{name}" for name in PLACE))
+    for name in [name for name in os.environ if name.startswith(("SLURM_", "SALLOC_", "SBATCH_"))]:
+        if name not in kept:
+            del os.environ[name]
+    os.environ.update(site_variables())
+
+
 def site_variables() -> dict[str, str]:
     """What slurm/site.env (or MOE_SITE_ENV) adds to this environment, as bash reads it; SuiteError if it can't."""
     path = Path(os.environ.get("MOE_SITE_ENV", REPOSITORY / "slurm" / "site.env"))
@@ -98,7 +119,7 @@ def submit(sweep: SweepFolder, numbers: Sequence[int], resources: Resources) -> 
     if len(numbers) > MAX_JOBS_OF_AN_ARRAY:
         rule = f"is more jobs than an array of Slurm holds ({MAX_JOBS_OF_AN_ARRAY})"
         raise ConfigError(Problem("cells", len(numbers), rule, "split the sweep"))
-    executor = submitit.SlurmExecutor(folder=sweep.path / "submitit", python=f"exec {shlex.quote(sys.executable)}")
+    executor = submitit.SlurmExecutor(folder=sweep.path / "submitit", python='exec "$MOE_PYTHON"')
     executor.update_parameters(**parameters(sweep, resources))
     for name in ("time", *resources.options):
         os.environ.pop(SBATCH_VARIABLES.get(name, f"SBATCH_{name.upper().replace('-', '_')}"), None)
@@ -127,6 +148,7 @@ def parameters(sweep: SweepFolder, resources: Resources) -> dict[str, object]:
         "setup": [
             "trap '' USR2  # until Python listens",
             f"cd {shlex.quote(str(REPOSITORY))}",
+            f"MOE_SUBMITTER={shlex.quote(sys.executable)}",
             "source slurm/job.env",
             f"export PYTHONPATH={shlex.quote(str(REPOSITORY))}${{PYTHONPATH:+:$PYTHONPATH}}",
         ],

@@ -20,9 +20,10 @@ from experiments.allocation import Shape
 from experiments.cli import EXIT_CONFIG, EXIT_FAILED, error_text
 from moe.errors import ConfigError, Problem, SuiteError
 from slurm.planning import ENTRY_POINTS, PlannedCell, plan, write_refusals
-from slurm.records import SweepFolder, all_sweeps, sweeps_dir
-from slurm.scheduler import is_live, queued
-from slurm.submission import Resources, site_variables, submit
+from slurm.records import SweepFolder, sweeps_dir
+from slurm.scheduler import queued
+from slurm.submission import Resources, settle_environment, submit
+from slurm.writers import Writer, writer_of, writers
 
 TIME = "1:00:00"
 """Of a job that nobody said more about; a run that needs longer is requeued."""
@@ -33,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = _parser()
     options = parser.parse_intermixed_args(arguments)
     try:
-        os.environ.update(site_variables())
+        settle_environment()
         _sweep(options)
     except SuiteError as error:
         print(error_text(error), file=sys.stderr, flush=True)
@@ -74,14 +75,14 @@ def _sweep(options: argparse.Namespace) -> None:
     sweep = SweepFolder(sweeps_dir() / _name(options.name))
     cells = plan(options.overrides, resources.shape, options.entry, options.share_allocation)
     try:
-        busy = jobs_at_work()
+        busy = writers(queued()) if shutil.which("squeue") else {}
     except SuiteError as error:
         if not options.dry_run:
             raise
         print(f"as if no job were in the queue: {error}", file=sys.stderr, flush=True)
         busy = {}
     print(table(cells, busy, resources), flush=True)
-    waiting = [cell for cell in cells if cell.to_run and not job_of(cell, busy)]
+    waiting = [cell for cell in cells if cell.to_run and writer_of(cell.cell, busy) is None]
     if options.dry_run:
         return
     write_refusals(cells, resources.shape)
@@ -124,33 +125,15 @@ def _name(given: str | None) -> str:
     return name
 
 
-def jobs_at_work() -> dict[str, str]:
-    """Jobs that wait or work, by the folders that they write into; none where there is no Slurm."""
-    if shutil.which("squeue") is None:
-        return {}
-    queue, busy = queued(), {}
-    for sweep in all_sweeps():
-        for cell in sweep.cells():
-            job = sweep.job_of(cell.number)
-            if job is not None and is_live(queue.get(job)):
-                busy.update(dict.fromkeys(cell.folders, job))
-    return busy
-
-
-def job_of(planned: PlannedCell, busy: Mapping[str, str]) -> str:
-    """The job that has a cell's run already; empty where none has."""
-    return next((busy[folder] for folder in planned.cell.folders if folder in busy), "")
-
-
-def table(cells: Sequence[PlannedCell], busy: Mapping[str, str], resources: Resources) -> str:
-    """What would run, on what, for how long at most."""
+def table(cells: Sequence[PlannedCell], busy: Mapping[str, Writer], resources: Resources) -> str:
+    """What would run, on what, for how long at most, and which jobs have the rest already."""
     width = max(len(cell.cell.label) for cell in cells)
     lines, count = [], 0
     for planned, runs, refusals in ((cell, cell.cell.folders, cell.refusals) for cell in cells):
-        job = job_of(planned, busy)
+        writer = writer_of(planned.cell, busy)
         state = "complete" if planned.complete else f"refused: {' '.join(refusals)}" if refusals else "to run"
-        if planned.to_run and job:
-            state = f"in job {job} already"
+        if planned.to_run and writer is not None:
+            state = f"in {writer} already"
         count += state == "to run"
         where = Path(runs[-1]).name + (f" and {len(runs) - 1} runs" if len(runs) > 1 else "")
         lines.append(f"{planned.cell.number:>4}  {planned.cell.label:<{width}}  {where}  {state}")

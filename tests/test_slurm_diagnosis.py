@@ -8,13 +8,17 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from experiments.failures import Report, write_report
+from experiments.cli import EXIT_CONFIG, EXIT_FAILED, EXIT_INTERRUPTED
+from experiments.failures import Report, report_path, write_report
 from experiments.progress_log import Line, Phase
-from slurm.diagnosis import Evidence, Verdict, verdict
+from slurm import diagnosis
+from slurm.diagnosis import Death, Evidence, Verdict, report_paths, verdict
 from slurm.watchdog import place, silence_allowed_s, whereabouts
 
 KILLED = "srun: error: n1: task 3: Killed\nsrun: launch/slurm: _step_signal: Terminating StepId=3.0\n"
@@ -43,7 +47,7 @@ def ended(
         path.write_text(earlier + text)
     for report in reports:
         write_report(folder / "logs", report)
-    return verdict(Evidence(137, [folder], dict.fromkeys(texts, len(earlier)), oom_kills, 60.0))
+    return verdict(Evidence(137, [folder], dict.fromkeys(texts, len(earlier)), oom_kills, 60.0, 0.0))
 
 
 @pytest.mark.parametrize(
@@ -102,6 +106,73 @@ def test_what_ranks_say_of_one_another_counts_least(folder: Path) -> None:
     assert ended(folder, KILLED, reports=(LOST,)).reason.startswith("task 3 on n1 was killed")
     late = Report(0, "timeout", "Timed out waiting 60000ms", 3.0)
     assert ended(folder, reports=(late,)).status == "timeout"
+
+
+def said(folder: Path, how: str, late_s: float) -> Evidence:
+    """What is left of a task on another node of which srun says no more."""
+    (folder / "srun.log").write_text(f"srun: error: n1: tasks 2-3: {how}\n")
+    return Evidence(1, [folder], {folder / "srun.log": 0}, 0, 60.0, late_s)
+
+
+@contextmanager
+def unlisted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Folders list no reports, as on a network file system that believes what it knew."""
+    glob = Path.glob
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "glob", lambda path, pattern: () if "error_rank" in pattern else glob(path, pattern))
+        yield
+
+
+def test_a_report_that_no_listing_shows_is_opened_by_its_name(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_report(folder / "logs", Report(3, "failed", "ValueError: boom", 2.0))
+    with unlisted(monkeypatch):
+        assert report_paths([folder]) == []
+        found = verdict(said(folder, f"Exited with exit code {EXIT_FAILED}", 0.0))
+    assert found == ("failed", "rank 3 failed: ValueError: boom")
+
+
+@pytest.mark.parametrize("code", [EXIT_FAILED, EXIT_CONFIG])
+def test_reports_that_come_late_are_waited_for(folder: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+    late = [Report(2, "lost_peer", "closed", 1.0), Report(3, "failed", "ValueError: boom", 2.0)]
+    pauses: list[float] = []
+
+    def pause(seconds: float) -> None:
+        pauses.append(seconds)
+        write_report(folder / "logs", late[len(pauses) - 1])
+
+    monkeypatch.setattr(diagnosis.time, "sleep", pause)
+    assert verdict(said(folder, f"Exited with exit code {code}", 600.0)).reason == "rank 3 failed: ValueError: boom"
+    assert len(pauses) == len(late), "and no longer"
+
+
+@pytest.mark.parametrize("how", [f"Exited with exit code {EXIT_INTERRUPTED}", "Killed", "Exited with exit code 127"])
+def test_no_report_is_waited_for_that_nobody_wrote(folder: Path, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    def pause(_seconds: float) -> None:
+        raise AssertionError("there is nothing to wait for")
+
+    monkeypatch.setattr(diagnosis.time, "sleep", pause)
+    assert "ask 2-3 on n1" in verdict(said(folder, how, 600.0)).reason
+
+
+def test_the_wait_for_reports_has_an_end(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(diagnosis.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(diagnosis.time, "sleep", lambda seconds: clock.append(clock.pop() + seconds))
+    evidence = said(folder, f"Exited with exit code {EXIT_FAILED}", diagnosis.LATE_S)
+    assert verdict(evidence).reason.startswith("srun ended with exit code 1: task 2-3 on n1")
+    assert not diagnosis.failed_by_itself(evidence)
+    assert diagnosis.LATE_S <= clock[0] < 40, "once for all questions"
+
+
+def test_reports_to_come_have_a_name_in_every_folder(folder: Path) -> None:
+    known = folder / "logs" / "error_rank7.json"
+    known.touch()
+    places = (folder, folder / "logs", folder / "none")
+    assert report_paths([folder, folder / "none"], [2]) == sorted([known, *(report_path(at, 2) for at in places)])
+
+
+def test_srun_shortens_the_names_of_tasks() -> None:
+    assert [Death("n0", task, "Killed").ranks for task in ("4", "0-2", "1,3-4")] == [[4], [0, 1, 2], [1, 3, 4]]
 
 
 def lines(*told: tuple[float, Phase]) -> list[Line]:

@@ -12,12 +12,14 @@ from pathlib import Path
 
 import pytest
 
+from experiments import layer, measured_cluster
 from experiments.allocation import SWITCHES, Shape
+from experiments.failures import Report, write_report
 from experiments.ranks import GIVEN_UP, JOB_STOP_FILE
 from experiments.results import RunDir
 from slurm import job as job_module
 from slurm import scheduler
-from slurm.diagnosis import Verdict
+from slurm.diagnosis import LATE_S, Verdict
 from slurm.job import Job
 from slurm.records import Cell, CellLog, read_events
 from slurm.scheduler import Allocation, QueuedJob
@@ -228,6 +230,56 @@ def test_ranks_that_hang_are_ended(start: Start, monkeypatch: pytest.MonkeyPatch
     assert job.run() == 1
     assert last_word(job)[:2] == ("ended", "timeout")
     assert last_word(job)[2].endswith("s (watchdog): ranks 0, 1 on n0 did not answer")
+
+
+STACK = (
+    "Current thread 0x00007f2 (most recent call first):\n"
+    '  File "/repo/moe/gate.py", line 7 in gate\n  File "<frozen runpy>", line 198 in _run_module_as_main\n'
+)
+
+
+@pytest.mark.parametrize("num_nodes", [1, 2])
+def test_stacks_that_come_late_from_other_nodes_are_waited_for(
+    start: Start, monkeypatch: pytest.MonkeyPatch, num_nodes: int
+) -> None:
+    """What a rank of another node writes shows up after some looks; on one node it is there at once."""
+    start(DONE)
+    job = start(DONE)
+    job.cell = replace(job.cell, shape=Shape(num_nodes, 2 // num_nodes, "cpu"))
+    clock = [0.0]
+
+    def pause(seconds: float) -> None:
+        clock[0] += seconds
+        if clock[0] >= 30:
+            job.rank_logs[1].write_text("words\n" + STACK)
+
+    def signal_tasks(_job: str, _name: str) -> None:
+        job.rank_logs[0].write_text(STACK)
+
+    monkeypatch.setattr(job_module, "POLL_S", 1.0)
+    monkeypatch.setattr(job_module, "DUMP_S", 5.0)
+    monkeypatch.setattr(job_module.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(job_module.time, "sleep", pause)
+    monkeypatch.setattr(scheduler, "signal_tasks", signal_tasks)
+    job.rank_logs[1].write_text("words\n")
+    assert job._stacks() == {0: STACK, 1: STACK if num_nodes == 2 else ""}
+    assert clock[0] == (30 if num_nodes == 2 else 5)
+
+
+def test_reports_of_an_earlier_start_are_none_of_this_one(start: Start) -> None:
+    job = start(BROKEN)
+    (job.folder / "nested").mkdir()
+    for folder in (job.folder, job.folder / "nested"):
+        write_report(folder, Report(1, "failed", "ValueError: long ago", 1.0))
+    assert job.run() == 1
+    assert "task 1 on n1: Exited with exit code 3" in last_word(job)[2]
+
+
+def test_what_limits_a_benchmark_is_told() -> None:
+    readme = (job_module.REPOSITORY / "slurm" / "README.md").read_text()
+    (limit_s,) = {layer.COLLECTIVE_TIMEOUT_S, measured_cluster.COLLECTIVE_TIMEOUT_S, job_module.COLLECTIVE_TIMEOUT_S}
+    assert f"{limit_s:g} s in\n  `experiments.layer` and `experiments.comm`" in readme
+    assert f"up to {LATE_S:g} s for stacks" in readme
 
 
 def test_force_removes_what_is_there_once(start: Start, tmp_path: Path) -> None:

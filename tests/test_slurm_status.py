@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -18,8 +19,18 @@ from slurm import status
 from slurm.records import Cell, Event, EventName, SweepFolder
 from slurm.scheduler import QueuedJob
 from slurm.status import Row, eta, rows_of, table
+from slurm.submission import Resources
+from slurm.writers import Writer, writers
 
 STEPS = 40
+RESOURCES = {
+    "shape": {"num_nodes": 1, "ranks_per_node": 2, "device": "cpu"},
+    "gpus_per_node": 0,
+    "cpus_per_task": None,
+    "time": "10",
+    "max_parallel": 2,
+    "options": {"mem": "1"},
+}
 LIVE = QueuedJob("RUNNING", "None", None)
 
 
@@ -29,15 +40,16 @@ class Story:
     Args:
         folder: for all of it.
         runs: training runs; more than one make it a comparison.
+        name: of the sweep; what it runs has the same folders under every name.
     """
 
-    def __init__(self, folder: Path, runs: int = 1) -> None:
-        self.sweep = SweepFolder(folder / "sweep")
+    def __init__(self, folder: Path, runs: int = 1, name: str = "sweep") -> None:
+        self.sweep = SweepFolder(folder / name)
         names = [f"run{index}" for index in range(runs)] + ["compare"] * (runs > 1)
         kind = "train" if runs == 1 else "compare"
         folders = [str(folder / name) for name in names]
         cell = Cell(0, "seed=0", kind, {}, [], folders, STEPS, False, Shape(1, 2, "cpu"), str(folder))
-        self.sweep.create([cell], {})
+        self.sweep.create([cell], RESOURCES)
         self.runs = [RunDir(path) for path in folders]
 
     def submit(self, job: str) -> Story:
@@ -69,7 +81,7 @@ class Story:
 
     def row(self, queue: Mapping[str, QueuedJob] | None = None) -> Row:
         """The cell's."""
-        return rows_of(self.sweep, queue or {})[0]
+        return rows_of(self.sweep, queue or {}, {})[0]
 
 
 @pytest.fixture
@@ -79,9 +91,25 @@ def story(tmp_path: Path) -> Story:
 
 
 @pytest.fixture(autouse=True)
-def no_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody knows of jobs that have left the queue."""
+def no_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty queue, and nobody knows of jobs that have left it."""
+    monkeypatch.setattr(status, "queued", dict)
     monkeypatch.setattr(status, "final_state", lambda _job: "")
+    monkeypatch.setattr(status, "settle_environment", lambda: None)
+    monkeypatch.setenv("MOE_SWEEPS_DIR", str(tmp_path))
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list[int], Resources]]:
+    """What is submitted: the sweep's name, cells, resources."""
+    asked: list[tuple[str, list[int], Resources]] = []
+
+    def submit(sweep: SweepFolder, numbers: list[int], resources: Resources) -> dict[int, str]:
+        asked.append((sweep.path.name, numbers, resources))
+        return {number: f"9_{number}" for number in numbers}
+
+    monkeypatch.setattr(status, "submit", submit)
+    return asked
 
 
 def test_before_there_is_a_job(story: Story) -> None:
@@ -188,38 +216,65 @@ def test_the_recent_pace_counts(story: Story) -> None:
 
 
 def test_only_what_ended_badly_is_submitted_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    story: Story, asked: list[tuple[str, list[int], Resources]], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    asked: list[Any] = []
-    monkeypatch.setenv("MOE_SWEEPS_DIR", str(tmp_path))
-    monkeypatch.setenv("MOE_SITE_ENV", str(tmp_path / "none"))
-    monkeypatch.setattr(status, "queued", dict)
-
-    def submit(*arguments: Any) -> dict[int, str]:
-        asked.append(arguments)
-        return {0: "9"}
-
-    monkeypatch.setattr(status, "submit", submit)
-    story = Story(tmp_path).submit("7").event("started").event("ended", outcome="oom", reason="too much")
-    (story.sweep.path / "sweep.json").write_text(
-        json.dumps(
-            {
-                "shape": {"num_nodes": 1, "ranks_per_node": 2, "device": "cpu"},
-                "gpus_per_node": 0,
-                "cpus_per_task": None,
-                "time": "10",
-                "max_parallel": 2,
-                "options": {"mem": "1"},
-            }
-        )
-    )
+    story.submit("7").event("started").event("ended", outcome="oom", reason="too much")
     status.main(["sweep", "--resubmit", "failed,timeout"])
     assert asked == []
     status.main(["sweep", "--resubmit", "oom", "--time", "20"])
-    ((sweep, numbers, resources),) = asked
-    assert (sweep.path, numbers) == (story.sweep.path, [0])
+    ((name, numbers, resources),) = asked
+    assert (name, numbers) == ("sweep", [0])
     assert (resources.time, resources.options, resources.shape) == ("20", {"mem": "1"}, Shape(1, 2, "cpu"))
-    assert re.search("resubmitted: cell 0 as 9", capsys.readouterr().out)
+    assert "\nresubmitted: cell 0 as 9_0\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("state", ["PENDING", "RUNNING"])
+def test_a_run_that_another_sweep_has_is_not_submitted_again(
+    tmp_path: Path,
+    asked: list[tuple[str, list[int], Resources]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    state: str,
+) -> None:
+    Story(tmp_path).submit("7").event("started").event("ended", outcome="oom", reason="too much")
+    Story(tmp_path, name="other").submit("8_3")
+    queue = {"8_3": QueuedJob(state, "None", None)}
+    monkeypatch.setattr(status, "queued", lambda: queue)
+    status.main(["sweep", "--resubmit", "oom"])
+    told = capsys.readouterr().out
+    assert "      too much\n      its run is in job 8_3 of sweep other\n" in told
+    assert told.endswith("not resubmitted: cell 0, whose run is in job 8_3 of sweep other\n")
+    assert asked == []
+    queue.clear()  # the other job is over
+    status.main(["sweep", "--resubmit", "oom"])
+    assert "other" not in capsys.readouterr().out
+    assert [name for name, *_ in asked] == ["sweep"]
+
+
+def test_sweeps_that_share_a_run_do_not_submit_it_twice_at_once(
+    tmp_path: Path, asked: list[tuple[str, list[int], Resources]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for job, name in enumerate(("first", "second")):
+        Story(tmp_path, name=name).submit(str(job)).event("ended", str(job), outcome="failed", reason="broken")
+    status.main(["--resubmit", "failed"])
+    assert [name for name, *_ in asked] == ["first"]
+    assert capsys.readouterr().out.endswith("not resubmitted: cell 0, whose run is in job 9_0 of sweep first\n")
+
+
+def test_a_sweeps_own_job_is_no_other(story: Story) -> None:
+    story.submit("7").event("started")
+    busy = writers({"7": LIVE})
+    assert busy == {str(story.runs[0].path): Writer("7", "sweep")}
+    (row,) = rows_of(story.sweep, {"7": LIVE}, busy)
+    assert (row.status, row.elsewhere) == ("running", None)
+
+
+def test_a_run_of_a_comparison_that_another_sweep_has(tmp_path: Path) -> None:
+    shared, alone = Story(tmp_path, runs=3), Story(tmp_path / "alone")
+    Story(tmp_path, runs=2, name="other").submit("8")
+    busy = writers({"8": LIVE})
+    assert [row.elsewhere for row in rows_of(shared.sweep, {}, busy)] == [Writer("8", "other")]
+    assert [row.elsewhere for row in rows_of(alone.sweep, {}, busy)] == [None]
 
 
 @pytest.mark.parametrize(
@@ -233,14 +288,7 @@ def test_only_what_ended_badly_is_submitted_again(
         ([], r"sweep=: there is none in .*\. Fix: python -m slurm\.sweep submits one"),
     ],
 )
-def test_mistakes(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    arguments: list[str],
-    message: str,
-) -> None:
-    monkeypatch.setenv("MOE_SWEEPS_DIR", str(tmp_path))
+def test_mistakes(capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
     with pytest.raises(SystemExit) as stop:
         status.main(arguments)
     assert stop.value.code == 2
@@ -248,7 +296,35 @@ def test_mistakes(
 
 
 def test_what_was_submitted_by_hand_is_submitted_by_hand_again(
-    story: Story, capsys: pytest.CaptureFixture[str]
+    story: Story, asked: list[tuple[str, list[int], Resources]], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    status._resubmit(story.sweep, [0], None)
+    (story.sweep.path / "sweep.json").write_text("{}")
+    story.event("started").event("ended", outcome="failed", reason="broken")
+    status.main(["--resubmit", "failed"])
     assert "give the same sbatch command again" in capsys.readouterr().out
+    assert asked == []
+
+
+def test_a_number_that_is_taken_is_not_written_over(story: Story) -> None:
+    folder = story.sweep.path / "submissions"
+    folder.mkdir()
+    (folder / "1.json").touch()  # taken by somebody who has not written it yet
+    assert story.sweep.job_of(0) is None
+    story.submit("7")
+    assert story.sweep.job_of(0) == "7"
+    assert {path.name: bool(path.read_text()) for path in folder.iterdir()} == {"1.json": False, "2.json": True}
+
+
+def test_submissions_at_the_same_time_are_all_kept(story: Story) -> None:
+    ready = threading.Barrier(8)
+
+    def submit(job: int) -> None:
+        ready.wait()
+        story.sweep.add_submission({job: f"7_{job}"})
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(submit, range(8)))
+    assert [story.sweep.job_of(job) for job in range(8)] == [f"7_{job}" for job in range(8)]
+    assert sorted(path.name for path in (story.sweep.path / "submissions").iterdir()) == [
+        f"{number}.json" for number in range(8)
+    ]

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import faulthandler
+import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -57,6 +60,21 @@ def test_a_task_runs_the_cells_entry_point(cell: Cell, tmp_path: Path, monkeypat
     config, overrides = calls
     assert str(run_dir_of(config).path) == cell.folders[0]
     assert "data.val_fraction=0.25" in overrides
+
+
+def test_a_task_can_say_where_it_hangs_before_anything_heavy_is_imported() -> None:
+    program = """
+import faulthandler, os, runpy, sys
+heavy = {"torch", "hydra", "experiments", "slurm.entry"}
+def register(number, **more):
+    print(number, *heavy & set(sys.modules), flush=True)
+    os._exit(0)
+faulthandler.register = register
+sys.argv = ["slurm.task", "no folder"]
+runpy.run_module("slurm.task", run_name="__main__", alter_sys=True)
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=CONF.parent, capture_output=True, text=True, check=True)
+    assert done.stdout == f"{signal.SIGQUIT}\n"
 
 
 def test_another_cluster_than_planned_is_refused(

@@ -3,7 +3,7 @@
 MOE_TEST_ACTS is JSON: by label of the run's system or by seed, {"rank": 1, "step": 3, "act": ...}, where act is
 
     raise   an exception
-    memory  more and more of it
+    memory  more and more of it, above any job's limit here, as if it trained all the time; for rank 0
     kill    SIGKILL to itself
     hang    sleep for good
     wait    until a stop was asked for, or the file "until" is there, as if it trained all the time; for rank 0
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 STEP_S = 0.05
-PIECE_BYTES = 100 << 20
+PIECE_BYTES, MOST_PIECES = 100 << 20, 40
 
 
 def main() -> None:
@@ -55,9 +55,11 @@ def _do(acting: dict[str, Any], recorder: Any, step: int) -> None:
     if act == "raise":
         raise ValueError("on purpose")
     if act == "memory":
-        kept = []
+        kept: list[bytes] = []
         while True:
-            kept.append(b"x" * PIECE_BYTES)
+            if len(kept) < MOST_PIECES:
+                kept.append(b"x" * PIECE_BYTES)
+            recorder.progress_log.note(step, "training")  # no hang: a busy machine may take its time
             time.sleep(STEP_S)
     if act == "kill":
         os.kill(os.getpid(), signal.SIGKILL)

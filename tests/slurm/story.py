@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import stat
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,6 +41,20 @@ class World:
     text: Path
     notes: dict[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        self.python.write_text(f'#!/bin/bash\necho "$*" >> {self.started}\nexec {sys.executable} "$@"\n')
+        self.python.chmod(stat.S_IRWXU)
+
+    @property
+    def python(self) -> Path:
+        """The Python that the site wants for its jobs."""
+        return self.folder / "python"
+
+    @property
+    def started(self) -> Path:
+        """What that Python was started with."""
+        return self.folder / "started"
+
     @property
     def sweeps(self) -> Path:
         """Where sweeps leave their folders."""
@@ -59,7 +74,7 @@ class World:
             "MOE_WATCHDOG_S": str(WATCHDOG_S),
             "MOE_TASK": f"{sys.executable} {ACTING}",
             "MOE_TEST_ACTS": json.dumps(told),
-            "MOE_PYTHON": sys.executable,
+            "MOE_PYTHON": str(self.python),
         }
 
     def sbatch(self, output: str, *more: str, acts: dict[str, Any] | None = None) -> str:
@@ -113,7 +128,7 @@ ODD_CACHE = "data.cache_dir=\"{folder}/odd $(touch {folder}/evil) `touch {folder
 
 ACTS = {
     "1": {"rank": 1, "act": "raise"},
-    "2": {"rank": 1, "act": "memory"},
+    "2": {"rank": 0, "act": "memory"},
     "3": {"rank": 1, "act": "kill"},
     "4": {"rank": 1, "act": "hang"},
     "5": {"rank": 0, "act": "wait"},
@@ -124,7 +139,7 @@ ACTS = {
 
 def swept(world: World) -> None:
     """Seven cells: one trains, one raises, one needs too much memory, one is killed, one hangs, one is near its limit,
-    and one is cancelled. Then all but the done ones again."""
+    and one is cancelled. Then all but the done ones again, of which another sweep has one meanwhile."""
     seeds = f"seed={','.join(map(str, range(7)))}"
     told = world.overrides("swept", seeds)
     world.notes["dry run"] = world.slurm.python("slurm.sweep", *told, *SMALL, "--dry-run", env=world.environment())
@@ -140,17 +155,29 @@ def swept(world: World) -> None:
     world.notes["states"] = world.slurm.wait(*jobs.values())
     world.notes["table"] = world.status("swept")
     world.notes["done first"] = world.run("swept", 0).read_manifest()
+    go_on = world.folder / "go_on"
+    acts = {"1": {"rank": 0, "act": "wait", "until": str(go_on)}}
+    world.sweep("other", *world.overrides("swept", "seed=1"), *SMALL, acts=acts)
     world.notes["resubmitted"] = world.status("swept", "--resubmit", "failed,oom,timeout,interrupted")
+    world.notes["meanwhile"] = world.slurm.python("slurm.sweep", *told, *SMALL, env=world.environment())
+    go_on.touch()
+    world.notes["other state"] = world.slurm.wait(*world.jobs("other").values())
     world.notes["states again"] = world.slurm.wait(*world.jobs("swept").values())
     world.notes["table again"] = world.status("swept")
     world.notes["nothing left"] = world.slurm.python("slurm.sweep", *told, *SMALL, env=world.environment())
 
 
 def compared(world: World) -> None:
-    """Two systems that share an allocation; one fails, and the other is trained and timed nevertheless."""
+    """Two systems that share an allocation; one fails, and the other is trained and timed nevertheless. Submitted from
+    inside an interactive allocation, which is much smaller."""
     told = world.overrides("compared", "system=flat,ta_moe", "seed=0", "timing.rounds=1", "timing.warmup=0")
-    world.sweep("compared", *told, *SMALL, "--share-allocation", acts={"flat": {"rank": 1, "act": "raise"}})
-    world.notes["compared"] = world.slurm.wait(*world.jobs("compared").values())
+    sweep = [sys.executable, "-m", "slurm.sweep", *told, *SMALL, "--share-allocation", "--name", "compared"]
+    env = world.environment({"flat": {"rank": 1, "act": "raise"}})
+    limits = {"SBATCH_MEM_PER_NODE": "100", "SBATCH_CPUS_PER_GPU": "3"}
+    world.slurm.run("salloc", "--nodes=1", "--ntasks=1", "--mem=100", "--time=5", *sweep, env={**env, **limits})
+    jobs = world.jobs("compared")
+    world.notes["compared"] = world.slurm.wait(*jobs.values())
+    world.notes["compared job"] = world.slurm.run("scontrol", "show", "job", jobs[0])
     world.notes["compared table"] = world.status("compared")
 
 
@@ -167,7 +194,8 @@ def unplugged(world: World) -> None:
     two_nodes = ("--nodes", "2", "--tasks-per-node", "1", *SMALL[4:])
     cut = world.folder / "cut"
     acts = {"0": {"rank": 0, "act": "wait", "until": str(cut)}}
-    world.sweep("unplugged", *world.overrides("unplugged", "seed=0"), *two_nodes, acts=acts)
+    told = world.overrides("unplugged", "seed=0", "trainer.timeout_s=300")  # the watchdog is to say it
+    world.sweep("unplugged", *told, *two_nodes, acts=acts)
     world.wait_for_step(world.run("unplugged"))
     with world.slurm.unplugged(1):
         cut.touch()

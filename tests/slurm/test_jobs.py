@@ -141,12 +141,27 @@ def test_slurm_sees_which_jobs_failed(sweep: World) -> None:
 
 
 def test_what_was_not_done_is_done_when_submitted_again(sweep: World) -> None:
-    assert re.search(r"^resubmitted: cell 1 as \d+_0, cell 2 as ", sweep.notes["resubmitted"], re.MULTILINE)
-    assert sweep.notes["states again"] == ["COMPLETED"] * 7
+    assert re.search(r"^resubmitted: cell 2 as \d+_0, cell 3 as ", sweep.notes["resubmitted"], re.MULTILINE)
+    assert sweep.notes["states again"] == ["COMPLETED", "FAILED", *["COMPLETED"] * 5], "but for cell 1, see below"
     assert "7 done\n" in sweep.notes["table again"]
     assert sweep.run("swept", 0).read_manifest() == sweep.notes["done first"], "what was done did not run again"
     assert "0 of 7 cells to run" in sweep.notes["nothing left"]
     assert "nothing to submit" in sweep.notes["nothing left"]
+
+
+def test_a_run_that_another_sweep_has_is_left_to_it(sweep: World) -> None:
+    told = sweep.notes["resubmitted"]
+    assert re.search(r"^1 .* failed .*\n(?: .*\n)* +its run is in job \d+ of sweep other\n", told, re.MULTILINE), told
+    assert re.search(r"^not resubmitted: cell 1, whose run is in job \d+ of sweep other$", told, re.MULTILINE), told
+    assert re.search(r"^ +1  seed=1 .* in job \d+ of sweep other already$", sweep.notes["meanwhile"], re.MULTILINE)
+    assert "nothing to submit" in sweep.notes["meanwhile"]
+    assert sweep.notes["other state"] == ["COMPLETED"]
+
+
+def test_jobs_run_with_the_python_that_the_site_wants(jobs_of_two_nodes: World, sweep: World) -> None:
+    started = sweep.started.read_text()
+    assert re.search(r"^-m slurm\.batch ", started, re.MULTILINE), "of train.sbatch"
+    assert re.search(r"^-u -m submitit\.core\._submit .*/swept/submitit$", started, re.MULTILINE), "of a sweep"
 
 
 def test_a_job_told_of_its_limit_goes_on_where_it_stopped(sweep: World) -> None:
@@ -165,6 +180,7 @@ def test_no_file_of_a_sweep_has_two_writers(sweep: World) -> None:
 def test_a_comparison_shares_an_allocation_and_survives_a_system_that_fails(world: World) -> None:
     compared(world)
     assert world.notes["compared"] == ["FAILED"]
+    assert "MinMemoryNode=2500M" in world.notes["compared job"], "and not what the allocation around the sweep had"
     assert re.search(r"1 of 2 runs failed: flat-\S+: rank 1 failed: ValueError", world.notes["compared table"])
     assert state_of(world.run("compared", system="ta_moe")) == ("done", STEPS)
     summary = (world.folder / "compared" / "compare" / "summary.csv").read_text()
