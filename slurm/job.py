@@ -41,6 +41,13 @@ FRUITLESS_LIVES = 3
 COLLECTIVE_TIMEOUT_S = 600.0
 
 
+def saved(run: RunDir) -> int:
+    """Optimizer steps that a stopped run need not take again, or shapes that a stopped benchmark has measured."""
+    status, journal = run.status(), run.path / "samples.jsonl"
+    shapes = journal.read_bytes().count(b"\n{") if journal.exists() else 0
+    return shapes + (0 if status is None else status.step)
+
+
 def run_cell(folder: str) -> None:
     """Run a cell in the job that this process is the batch step of; ends it with exit code 0 if all of it is done."""
     sys.exit(Job(Path(folder), scheduler.allocation_of(os.environ)).run())
@@ -283,7 +290,7 @@ class Job:
         job, known = self.allocation.job, self._known()
         if self._said_to_end or (known is not None and known.state != "RUNNING"):
             return False
-        done_steps = sum(status.step for run in self.runs if (status := run.status()) is not None)
+        done_steps = sum(map(saved, self.runs))
         lives = [event for event in read_events(self.folder) if event.event == "requeued" and event.job == job]
         fruitless = [event for event in lives[-FRUITLESS_LIVES + 1 :] if event.done_steps == done_steps]
         if len(fruitless) == FRUITLESS_LIVES - 1:

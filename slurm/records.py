@@ -78,7 +78,7 @@ class Event(NamedTuple):
         restarts: how often Slurm has started this job before.
         outcome: with `ended`, a status of `experiments.results.RunStatus`; with `requeued`, why.
         reason: in a sentence.
-        done_steps: with `requeued`, optimizer steps of all its runs that are saved.
+        done_steps: with `requeued`, optimizer steps, or measured shapes, of all its runs that are saved.
     """
 
     when: float

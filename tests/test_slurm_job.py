@@ -17,10 +17,11 @@ from experiments.allocation import SWITCHES, Shape
 from experiments.failures import Report, write_report
 from experiments.ranks import GIVEN_UP, JOB_STOP_FILE
 from experiments.results import RunDir
+from experiments.samples import append_samples
 from slurm import job as job_module
 from slurm import scheduler
 from slurm.diagnosis import LATE_S, Verdict
-from slurm.job import Job
+from slurm.job import Job, saved
 from slurm.records import Cell, CellLog, read_events
 from slurm.scheduler import Allocation, QueuedJob
 
@@ -222,6 +223,15 @@ def test_a_job_that_gets_further_goes_on(start: Start, asked: Asked) -> None:
     for life in range(4):
         assert start(STOPPED.replace("4)", f"{life})"), restarts=life).run() == 0
     assert len(asked) == 4
+
+
+def test_measured_shapes_of_a_benchmark_are_saved(tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "layer")
+    assert saved(run) == 0
+    run.path.mkdir()
+    for shape in ("a", "b"):
+        append_samples(run.path / "samples.jsonl", ["times", shape], [])
+    assert saved(run) == 2
 
 
 def test_ranks_that_hang_are_ended(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
