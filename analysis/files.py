@@ -1,13 +1,41 @@
-"""Whole-or-nothing writes of tables and figures: a full disk leaves the old file as it was, never half a new one."""
+"""Reads tables and tells what is wrong with them; writes tables and figures whole or not at all: a full disk leaves the
+old file as it was, never half a new one."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+import pandas as pd
 
 from analysis.errors import ResultsError
+from analysis.load import one_line
+
+
+def read_csv(path: Path, columns: Sequence[str], fix: str, **options: Any) -> pd.DataFrame:
+    """A CSV that has these columns and at least one row.
+
+    Args:
+        path: the file.
+        columns: that it must have; it may have more.
+        fix: sentence on how to get such a table, the end of every error.
+        options: of `pandas.read_csv`.
+
+    Raises:
+        ResultsError: no such file, no CSV, a missing column, or no rows.
+    """
+    try:
+        table: pd.DataFrame = pd.read_csv(path, **options)
+    except (OSError, ValueError) as error:
+        raise ResultsError(f"{path}: not a readable CSV ({one_line(error)[:80]}). {fix}") from error
+    if missing := [name for name in columns if name not in table]:
+        raise ResultsError(f"{path}: it has no column {', '.join(missing)}. {fix}")
+    if table.empty:
+        raise ResultsError(f"{path}: it has no rows. {fix}")
+    return table
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 
 from analysis.errors import ResultsError
-from analysis.load import one_line
+from analysis.files import read_csv
 
 COLUMNS = ("quantity", "testbed", "costs", "paper", "ours", "unit", "kind", "source")
 KINDS = ("simulated", "modelled", "fitted")
@@ -32,17 +32,11 @@ def read_simulated(path: Path, pattern: str) -> pd.DataFrame:
         pattern: a regular expression with a named group for each part; rows that it does not match are left out.
 
     Raises:
-        ResultsError: no such file, a missing column, an unknown kind, a row that stands there twice, a number that is
-            none, or no row that matches.
+        ResultsError: no such file, a missing column, no rows, an unknown kind, a row that stands there twice, a
+            number that is none, or no row that matches.
     """
     fix = "Fix: write it with `python -m experiments.simulate`."
-    try:
-        table = pd.read_csv(path)
-    except (OSError, ValueError) as error:
-        raise ResultsError(f"{path}: not a readable CSV ({one_line(error)[:80]}). {fix}") from error
-    missing = [name for name in COLUMNS if name not in table]
-    if missing:
-        raise ResultsError(f"{path}: it has no column {', '.join(missing)}. {fix}")
+    table = read_csv(path, COLUMNS, fix)
     wrong = table[~table["kind"].isin(KINDS)]
     if len(wrong):
         raise ResultsError(f"{path}: kind={wrong['kind'].iloc[0]} is none of {', '.join(KINDS)}. {fix}")

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from analysis.errors import ResultsError
+from analysis.files import read_csv
 from analysis.layer import PeopleTable
 from analysis.load import FOOTER_KEY, one_line
 from analysis.tables import NOTHING, significant
@@ -42,15 +43,7 @@ def read_tables(path: Path) -> pd.DataFrame:
         ResultsError: no such file, a missing column, an unknown table or kind, or nothing in it.
     """
     fix = "Fix: write it with `python -m experiments.hiermoe`."
-    try:
-        table = pd.read_csv(path)
-    except (OSError, ValueError) as error:
-        raise ResultsError(f"{path}: not a readable CSV ({one_line(error)[:80]}). {fix}") from error
-    missing = [name for name in COLUMNS if name not in table]
-    if missing:
-        raise ResultsError(f"{path}: it has no column {', '.join(missing)}. {fix}")
-    if table.empty:
-        raise ResultsError(f"{path}: it has no rows. {fix}")
+    table = read_csv(path, COLUMNS, fix)
     for column, allowed in (("table", tuple(TITLES)), ("kind", KINDS)):
         wrong = table[~table[column].isin(allowed)]
         if len(wrong):

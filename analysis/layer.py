@@ -16,9 +16,24 @@ from matplotlib.patches import Patch
 from analysis.errors import ResultsError, exit_code
 from analysis.files import write_text
 from analysis.kernels import write_kernels
-from analysis.load import Samples, load_samples
+from analysis.load import Samples, load_run, load_samples
+from analysis.machine import machine_of
+from analysis.plots.rows import no_number, reason_of
 from analysis.statistics import Interval, bootstrap_median, bootstrap_ratio, worst
-from analysis.style import GREY, PALE, STAGE_COLOURS, caption, new_figure, panel, save, shortened, suite_style
+from analysis.style import (
+    COLUMN_INCHES,
+    GREY,
+    PAGE_INCHES,
+    PALE,
+    STAGE_COLOURS,
+    caption,
+    legend,
+    new_figure,
+    panel,
+    save,
+    shortened,
+    suite_style,
+)
 from analysis.summary import BYTE_CLASSES, DIRECTIONS, STAGES
 from analysis.tables import binary_bytes, markdown_row, significant
 
@@ -73,6 +88,8 @@ def refuse_bad_times(samples: Samples) -> None:
 
 
 def _where(samples: Samples) -> str:
+    if load_run(samples.path, metrics=()).manifest.get("hardware"):
+        return f"Measured on {machine_of(samples.path)}."
     emulation = samples.metadata.get("emulation")  # says what stands in for a real cluster
     return f"Measured on cluster {samples.metadata.get('cluster', 'unknown')}" + (
         f": {emulation}." if emulation else "."
@@ -159,8 +176,8 @@ def people_table(summary: pd.DataFrame) -> PeopleTable:
     """Median time, speed against the baseline, error, memory, bytes over the outermost level, stages."""
     levels = [name.split("/")[1] for name in summary["metric"] if name.startswith("bytes/")]
     outermost = next((level for level in reversed(levels) if level != "self"), "")
-    head = ["shape", "system", "ms", "speed over baseline", "floor / time", "rel. error", "peak memory"]
-    head += ["gate, dispatch, combine: ms", "speed over baseline's"]
+    head = ["shape", "system", "ms", "speed, ratio to baseline", "floor / time", "rel. error", "peak memory"]
+    head += ["gate, dispatch, combine: ms", "their speed, ratio to baseline"]
     head += [f"sent over {outermost}"] * bool(outermost)
     head += [f"{direction} ms: {' / '.join(STAGES)}" for direction in DIRECTIONS]
     rows = []
@@ -168,7 +185,7 @@ def people_table(summary: pd.DataFrame) -> PeopleTable:
         label = f"{system} ({implementation})"
         values = own.set_index("metric")["value"]
         if "run" in values.index:
-            reason = shortened(str(own.loc[own["metric"] == "run", "status"].iloc[0]), 60)
+            reason = shortened(reason_of(str(own.loc[own["metric"] == "run", "status"].iloc[0])), 60)
             rows.append([str(shape), label, reason, *[""] * (len(head) - 3)])
             continue
         errors = values[values.index.str.startswith("relative_error/")]
@@ -201,8 +218,16 @@ def stages_figure(samples: Samples, summary: pd.DataFrame, where: str) -> Figure
     """A panel per shape, a bar per system: forward stages, then backward ones hatched."""
     shapes = list(dict.fromkeys(summary["shape"]))
     systems = list(dict.fromkeys(zip(summary["system"], summary["implementation"], strict=True)))
-    figure, panels = new_figure(0.9 + len(shapes) * (0.45 + 0.22 * len(systems)), nrows=len(shapes))
-    for axes, shape in zip(panels, shapes, strict=True):
+    columns = min(2, len(shapes))
+    num_rows = -(-len(shapes) // columns)
+    figure, panels = new_figure(
+        0.8 + num_rows * (0.6 + 0.22 * len(systems)),
+        PAGE_INCHES if columns > 1 else COLUMN_INCHES,
+        nrows=num_rows,
+        ncols=columns,
+        sharey=True,
+    )
+    for axes, shape in zip(panels, shapes, strict=False):
         own = summary[summary["shape"] == shape]
         for row, (system, _) in enumerate(systems):
             values = own[own["system"] == system].set_index("metric")["value"]
@@ -218,20 +243,23 @@ def stages_figure(samples: Samples, summary: pd.DataFrame, where: str) -> Figure
                     left += width
             if "run" in values.index:
                 status = str(own[(own["system"] == system) & (own["metric"] == "run")]["status"].iloc[0])
-                axes.text(0, row, " " + shortened(status, 60), va="center", fontsize=5.5, color=GREY)
-        axes.set_yticks(range(len(systems)), [f"{system} ({kind})" for system, kind in systems])
-        axes.invert_yaxis()
+                no_number(axes, row, status, 40)
         axes.set_xlim(left=0)
-        workload = samples.table["workload"].iloc[0] if len(samples.table) else ""
-        panel(axes, f"{shape}, {workload} routing", str(samples.metadata.get("kind", "measured")))
-    panels[-1].set_xlabel("time of one forward and backward, ms")
+        axes.set_xlabel("time, ms")
+        axes.tick_params(axis="y", length=0)
+        panel(axes, shortened(str(shape), 24), str(samples.metadata.get("kind", "measured")))
+    panels[0].set_yticks(range(len(systems)), [f"{system} ({kind})" for system, kind in systems])
+    panels[0].set_ylim(len(systems) - 0.45, -0.55)
+    for axes in panels[len(shapes) :]:
+        axes.set_axis_off()
     handles = [Patch(facecolor=STAGE_COLOURS.get(stage, PALE), edgecolor="white") for stage in STAGES]
     handles += [Patch(facecolor=GREY, edgecolor="white", hatch=hatch, linewidth=0.5) for hatch in ("", "////")]
-    figure.legend(handles, [*STAGES, *DIRECTIONS], loc="outside upper left", ncols=3)
+    legend(figure, handles, [*STAGES, *DIRECTIONS], 6 if columns > 1 else 3)
+    workloads = " and ".join(dict.fromkeys(samples.table["workload"]))
     caption(
         figure,
-        "Medians over rounds of the slowest rank, stage by stage.",
-        "Some gates also lay out slots: compare gate and dispatch together.",
+        f"One forward and backward of a layer under {workloads} routing: medians over rounds of the slowest rank, "
+        "stage by stage. Some gates also lay out slots: compare gate and dispatch together.",
         where,
     )
     return figure

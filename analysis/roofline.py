@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 
 from analysis.errors import ResultsError, exit_code
+from analysis.files import read_csv
 from analysis.plots.roofline import COLUMNS, roofline_figure
 from analysis.style import save, suite_style
 
@@ -43,15 +44,7 @@ def read_roofline(table_path: Path) -> pd.DataFrame:
     Raises:
         ResultsError: see `write_roofline`.
     """
-    try:
-        table = pd.read_csv(table_path)
-    except (OSError, ValueError) as error:
-        raise ResultsError(f"{table_path}: not a readable CSV ({error}). Fix: name the table of a roofline.") from error
-    missing = [name for name in COLUMNS if name not in table]
-    if missing:
-        raise ResultsError(
-            f"{table_path}: it has no column {', '.join(missing)}. Fix: a roofline needs {', '.join(COLUMNS)}."
-        )
+    table = read_csv(table_path, COLUMNS, f"Fix: name the table of a roofline, with {', '.join(COLUMNS)}.")
     allowed = {"what": ("curve", "point"), "kind": ("measured", "modelled")}
     for column, values in allowed.items():
         wrong = table[~table[column].isin(values)]
@@ -66,8 +59,6 @@ def read_roofline(table_path: Path) -> pd.DataFrame:
                 f"{table_path}: {column}={wrong[column].iloc[0]} in row {wrong.index[0]} has no place on a logarithmic "
                 "axis. Fix: leave the row out."
             )
-    if table.empty:
-        raise ResultsError(f"{table_path}: it has no rows. Fix: give a point or a curve.")
     return table
 
 

@@ -8,8 +8,9 @@ each colour, so that no figure depends on colour alone.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any, Literal, NamedTuple
 
 import matplotlib as mpl
 import seaborn as sns
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg, RendererAgg
 from matplotlib.colors import to_hex, to_rgb
@@ -33,7 +35,9 @@ PAGE_INCHES = 7.0
 """Width of both columns."""
 
 DPI = 200
-_CAPTION_POINTS = 5.2
+SMALL_POINTS = 6.0
+"""The smallest text of a figure but for the heads of panels: captions, and numbers beside bars."""
+
 GREY = "#5f5f5f"
 PALE = "#b8b8b8"
 
@@ -44,6 +48,10 @@ class Look(NamedTuple):
     colour: str
     marker: str
 
+    def size(self, points: float) -> float:
+        """Of its marker, so that all markers look about as large: of a star only the middle is wide."""
+        return 1.5 * points if self.marker == "*" else points
+
 
 KNOWN = {
     "reference": Look("#000000", "D"),
@@ -51,6 +59,7 @@ KNOWN = {
     "deepspeed": Look("#D55E00", "s"),
     "fairscale": Look("#009E73", "^"),
     "tutel": Look("#E69F00", "v"),
+    "tutel 2dh": Look("#B07800", "<"),  # upstream's; `tutel_2dh` is a system of ours
     "fastmoe": Look("#CC79A7", "P"),
     "megatron": Look("#56B4E9", "X"),
     "fastermoe": Look("#999933", "<"),
@@ -62,6 +71,8 @@ KNOWN = {
     "flexmoe 100": Look("#E0C65A", "^"),
     "deepspeed_static": Look("#117733", "s"),
     "ta_moe": Look("#882255", "*"),
+    "ta_moe synchronised": Look("#C27BA0", "p"),
+    "ta_moe deepspeed mode": Look("#A64D79", "X"),
     "hiermoe": Look("#332288", "h"),
     "hd": Look("#6A5FC0", "H"),
     "hd1": Look("#9C93D6", "D"),
@@ -72,6 +83,12 @@ KNOWN = {
     "allgather": Look("#1B9E9E", "h"),
     "swiftmoe": Look("#CC6677", "p"),
     "fsmoe": Look("#661100", "8"),
+    "sequential": Look("#4D4D4D", "s"),
+    "tutel_overlap": Look("#F0A860", "v"),
+    "tutel_improved": Look("#C77C2B", "<"),
+    "pipemoe": Look("#6F8F2F", "^"),
+    "pipemoe_lina": Look("#9DBB61", "d"),
+    "schemoe": Look("#8C6BB1", ">"),
     "combined": Look("#777777", "H"),
 }
 _MARKERS = ("o", "s", "^", "v", "P", "X", "<", ">", "D", "d", "*", "h", "p")
@@ -98,8 +115,8 @@ STAGE_COLOURS = {"gate": "#DDAA33", "dispatch": "#6699CC", "experts": "#BBBBBB",
 
 def look_of(system: str) -> Look:
     """Colour and marker of a system: fixed for known ones, however they are spelled, for others a function of the name
-    alone. A variant of a known one, such as `ta_moe synchronised`, has a tint of its colour."""
-    known = KNOWN.get(system) or KNOWN.get(system.lower().replace(" ", "_"))
+    alone. A variant of a known one, such as `fastermoe gate`, has a tint of its colour."""
+    known = KNOWN.get(system.lower()) or KNOWN.get(system.lower().replace(" ", "_"))
     if known is not None:
         return known
     digest = hashlib.sha256(system.encode()).digest()
@@ -186,21 +203,57 @@ def panel(axes: Axes, title: str, kind: str, grid: Literal["x", "y", "both"] = "
     sns.despine(ax=axes)
 
 
-def caption(figure: Figure, *sentences: str) -> None:
-    """Small print below the panels, wrapped to the figure's width: what the figure can't show, such as the cluster."""
-    words = " ".join(sentence for sentence in sentences if sentence).split()
-    font = FontProperties(family="DejaVu Sans", size=_CAPTION_POINTS)
+def legend(figure: Figure, handles: Sequence[Artist], labels: Sequence[str], columns: int) -> None:
+    """The legend above the panels, in at most `columns` columns and no more than fit the page, evenly filled. Rows
+    beyond those that `columns` columns take make the figure higher; without labels there is none."""
+    if not labels:
+        return
+    size = float(mpl.rcParams["legend.fontsize"])
+    # Lengths in a legend are in multiples of its font size.
+    handle = size * (mpl.rcParams["legend.handlelength"] + mpl.rcParams["legend.handletextpad"])
+    gap, border = size * mpl.rcParams["legend.columnspacing"], 2 * size * mpl.rcParams["legend.borderpad"]
+    widths = [handle + 72 * _text_inches(label, size) for label in labels]
+    planned = -(-len(labels) // columns)
+    rows = planned
+    for rows in range(planned, len(labels) + 1):
+        found = _filled(widths, -(-len(widths) // rows))
+        if border + sum(map(max, found)) + gap * (len(found) - 1) <= 72 * figure.get_figwidth():
+            break
+    figure.set_figheight(figure.get_figheight() + (rows - planned) * 1.5 * size / 72)
+    figure.legend(handles, labels, loc="outside upper left", ncols=-(-len(labels) // rows))
+
+
+def _filled(widths: Sequence[float], columns: int) -> list[list[float]]:
+    """The columns of a legend as matplotlib fills them: one below the other, the first columns longer by one."""
+    each, longer = divmod(len(widths), columns)
+    ends = [each * column + min(column, longer) for column in range(columns + 1)]
+    return [list(widths[start:end]) for start, end in itertools.pairwise(ends)]
+
+
+def _text_inches(text: str, points: float) -> float:
+    """How wide one line of text is."""
     renderer = RendererAgg(1, 1, 72)  # only to measure text: points, as 72 make an inch
+    font = FontProperties(family="DejaVu Sans", size=points)
+    return float(renderer.get_text_width_height_descent(text, font, False)[0]) / 72
+
+
+_CAPTION_LINES = 3
+"""For so many the heights of the figures have room."""
+
+
+def caption(figure: Figure, *sentences: str) -> None:
+    """Small print below the panels, wrapped to the figure's width: what the figure can't show, such as the cluster. A
+    long one makes the figure higher, not its panels lower."""
     lines: list[str] = []
-    for word in words:
+    for word in " ".join(sentence for sentence in sentences if sentence).split():
         longer = f"{lines[-1]} {word}" if lines else word
-        width_inches = renderer.get_text_width_height_descent(longer, font, False)[0] / 72
-        if lines and width_inches < 0.975 * figure.get_figwidth():
+        if lines and _text_inches(longer, SMALL_POINTS) < 0.975 * figure.get_figwidth():
             lines[-1] = longer
         else:
             lines.append(word)
-    text = "\n".join(lines)
-    figure.supxlabel(text, x=0.01, ha="left", fontsize=_CAPTION_POINTS, color=GREY, linespacing=1.25)
+    spacing = 1.25
+    figure.set_figheight(figure.get_figheight() + max(0, len(lines) - _CAPTION_LINES) * spacing * SMALL_POINTS / 72)
+    figure.supxlabel("\n".join(lines), x=0.01, ha="left", fontsize=SMALL_POINTS, color=GREY, linespacing=spacing)
 
 
 def shortened(text: str, length: int) -> str:

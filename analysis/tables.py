@@ -12,6 +12,8 @@ from analysis.statistics import Interval
 from analysis.summary import DIRECTIONS, STAGES, TRAIN_LOSS_STEPS
 
 NOTHING = "-"
+NOT_ASKED = "missing: not part of this measurement"
+"""Status of a number that nobody set out to measure, such as the loss of systems that were only timed: no problem."""
 _BINARY_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
@@ -47,6 +49,9 @@ def with_interval(interval: Interval | None, digits: int = 3) -> str:
     return value if interval.low == interval.value == interval.high else f"{value} [{low}, {high}]"
 
 
+_OPTIONAL = ("train loss", "val loss", "rel. error")
+
+
 class _Rows:
     """The rows of one system, by metric."""
 
@@ -78,7 +83,7 @@ class _Rows:
 
     def status(self) -> str:
         """`ok`, or in a few words what is wrong; the whole reasons stand below the table."""
-        odd = dict.fromkeys(status for status in self.rows["status"] if status != "ok")
+        odd = dict.fromkeys(status for status in self.rows["status"] if status not in ("ok", NOT_ASKED))
         if not odd:
             return "ok"
         words = [text.split(" (")[0] if ":" in text else text for text in odd]
@@ -86,7 +91,8 @@ class _Rows:
 
 
 def people_table(summary: pd.DataFrame) -> pd.DataFrame:
-    """One row per system, text cells, columns as headings; intervals in brackets, `-` where there is no number.
+    """One row per system, text cells, columns as headings; intervals in brackets, `-` where there is no number. Losses
+    and errors stand there if some system has them.
 
     Args:
         summary: rows as of `analysis.summary.summarise` or read back from summary.csv.
@@ -111,7 +117,8 @@ def people_table(summary: pd.DataFrame) -> pd.DataFrame:
     for (system, implementation), group in summary.groupby(["system", "implementation"], sort=False):
         rows = _Rows(group)
         table.append({"system": f"{system} ({implementation})"} | {name: tell(rows) for name, tell in columns.items()})
-    return pd.DataFrame(table)
+    empty = [name for name in _OPTIONAL if all(row[name] == NOTHING for row in table)]
+    return pd.DataFrame(table).drop(columns=empty)
 
 
 def odd_rows(summary: pd.DataFrame) -> list[str]:
@@ -129,7 +136,7 @@ def odd_rows(summary: pd.DataFrame) -> list[str]:
             f"{system} ({implementation}): {status} ({'; '.join(seeds)}): {reason}"
             for (status, reason), seeds in where.items()
         ]
-    others = summary[(summary["metric"] != "run") & (summary["status"] != "ok")]
+    others = summary[(summary["metric"] != "run") & ~summary["status"].isin(["ok", NOT_ASKED])]
     # A row whose system has a `run` row only repeats that reason.
     explained = set(told["system"])
     for (system, implementation, status), rows in others.groupby(["system", "implementation", "status"], sort=False):

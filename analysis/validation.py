@@ -14,11 +14,11 @@ from pathlib import Path
 
 import pandas as pd
 
-from analysis.errors import ResultsError, exit_code
-from analysis.files import write_text
-from analysis.load import one_line
+from analysis.errors import exit_code
+from analysis.files import read_csv, write_text
 from analysis.plots.validation import validation_figure
 from analysis.style import save, suite_style
+from analysis.tables import markdown_row, significant
 
 COLUMNS = [
     *("run", "cluster", "emulation", "system", "implementation", "shape"),
@@ -33,16 +33,8 @@ def read_validation(folder: Path) -> pd.DataFrame:
     Raises:
         ResultsError: no such file, a column that lacks, or no rows.
     """
-    path = folder / "validation.csv"
     fix = "Fix: write it with `python -m experiments.validate`."
-    try:
-        rows = pd.read_csv(path, keep_default_na=False)
-    except (OSError, ValueError) as error:
-        raise ResultsError(f"{path}: not a readable CSV ({one_line(error)[:80]}). {fix}") from error
-    if missing := [name for name in COLUMNS if name not in rows]:
-        raise ResultsError(f"{path}: it has no column {', '.join(missing)}. {fix}")
-    if rows.empty:
-        raise ResultsError(f"{path}: it has no rows. {fix}")
+    rows = read_csv(folder / "validation.csv", COLUMNS, fix, keep_default_na=False)
     return rows.assign(relative_error=rows["simulated_s"] / rows["measured_s"] - 1)
 
 
@@ -69,30 +61,35 @@ def write_validation(folder: Path) -> pd.DataFrame:
     """Write validation.md and the figure beside validation.csv; its rows."""
     rows = read_validation(folder)
     table = [
-        "| cluster | shape | system | measured, ms | simulated, ms | simulated / measured - 1 |",
-        "| --- | --- | --- | --- | --- | --- |",
+        markdown_row(["cluster", "shape", "system", "measured, ms", "simulated, ms", "simulated / measured - 1"]),
+        markdown_row(["---"] * 6),
     ]
-    table += [
-        f"| {row.cluster} | {row.shape} | {row.system} | {1e3 * row.measured_s:.4g} | {1e3 * row.simulated_s:.4g} | "
-        f"{row.relative_error:+.1%} |"
-        for row in rows.itertuples()
-    ]
+    for row in rows.itertuples():
+        measured, simulated = significant(1e3 * row.measured_s), significant(1e3 * row.simulated_s)
+        system = f"{row.system} ({row.implementation})"
+        table.append(markdown_row([row.cluster, row.shape, system, measured, simulated, percent(row.relative_error)]))
     write_text(folder / "validation.md", "\n".join([*table, "", *told(rows), ""]))
     with suite_style():
         save(validation_figure(rows, mean_absolute_error(rows)), folder / "validation")
     return rows
 
 
+def percent(share: float) -> str:
+    """A signed share, such as `+4.9 %`."""
+    return f"{100 * share:+.1f} %"
+
+
 def told(rows: pd.DataFrame) -> list[str]:
     """What a reader wants to know of all pairs, in sentences."""
     worst = rows.loc[rows["relative_error"].abs().idxmax()]
     lines = [
-        f"{len(rows)} pairs of a system and a shape: mean absolute relative error {mean_absolute_error(rows):.1%}, "
-        f"worst {worst['relative_error']:+.1%} ({worst['system']}, {worst['shape']}).",
-        f"Systems in the measured order, where their quartiles tell them apart: {ordered_share(rows):.1%}.",
+        f"{len(rows)} pairs of a system and a shape: mean absolute relative error "
+        f"{100 * mean_absolute_error(rows):.1f} %, worst {percent(worst['relative_error'])} ({worst['system']}, "
+        f"{worst['shape']}).",
+        f"Systems in the measured order, where their quartiles tell them apart: {100 * ordered_share(rows):.1f} %.",
     ]
     for system, own in rows.groupby("system", sort=False):
-        lines.append(f"{system}: {mean_absolute_error(own):.1%} over {len(own)} shapes.")
+        lines.append(f"{system}: {100 * mean_absolute_error(own):.1f} % over {len(own)} shapes.")
     return lines
 
 
@@ -100,7 +97,7 @@ def format_validation(rows: pd.DataFrame) -> str:
     """For a terminal."""
     lines = [
         f"{row.shape:16} {row.system:24} measured {1e3 * row.measured_s:9.3f} ms  simulated "
-        f"{1e3 * row.simulated_s:9.3f} ms  {row.relative_error:+7.1%}"
+        f"{1e3 * row.simulated_s:9.3f} ms  {percent(row.relative_error):>9}"
         for row in rows.itertuples()
     ]
     return "\n".join([*lines, *told(rows), ""])

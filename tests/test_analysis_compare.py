@@ -357,6 +357,13 @@ def test_samples_alone_are_a_comparison(tmp_path: Path) -> None:
     assert_no_number(cell(comparison, "flat", "train_loss"), "missing")
 
 
+def test_systems_that_were_only_timed_lack_nothing(tmp_path: Path) -> None:
+    summary = summarise(compare([], write_samples(tmp_path)))
+    assert set(people_table(summary)["status"]) == {"ok"}
+    assert not {"train loss", "val loss"} & set(people_table(summary).columns)
+    assert "without numbers" not in format_table(summary)
+
+
 def test_errors_that_no_table_may_hide(tmp_path: Path) -> None:
     runs, samples = whole(tmp_path, systems=["flat", "deepspeed"])
     copy = write_run(tmp_path / "copy", "flat", 0)

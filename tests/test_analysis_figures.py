@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -23,9 +24,10 @@ from matplotlib.transforms import Bbox
 from analysis.comparison import Comparison, compare
 from analysis.plots.bytes import bytes_figure
 from analysis.plots.loss import loss_figure
+from analysis.plots.rows import reason_of, where
 from analysis.plots.stages import stages_figure
 from analysis.plots.throughput import throughput_figure
-from analysis.style import KNOWN, caption, look_of, new_figure, save, suite_style
+from analysis.style import KNOWN, caption, legend, look_of, new_figure, save, suite_style
 from analysis.summary import summarise
 from tests.analysis_results import (
     EMULATION,
@@ -195,7 +197,7 @@ def test_every_figure_names_systems_kind_and_cluster(good: Scene, name: str) -> 
     ("name", "labels"),
     [
         ("loss", ["loss, nats per token", "nats per token", "step"]),
-        ("throughput", ["tokens per second, ratio to flat (native)"]),
+        ("throughput", ["tokens per second,\nratio to flat (native)"]),
         ("bytes", ["MiB per training step, sum over ranks"]),
         ("stages", ["time of one timed step, ms"]),
     ],
@@ -268,6 +270,12 @@ def test_known_systems_differ_and_unknown_ones_are_stable() -> None:
     assert len({look_of(f"system_{index}") for index in range(40)}) > 15
 
 
+def test_an_upstream_package_s_variant_looks_unlike_our_system_of_that_name() -> None:
+    assert look_of("tutel 2DH") != look_of("tutel_2dh") == look_of("Tutel_2DH")
+    schedules = ("sequential", "tutel_overlap", "tutel_improved", "pipemoe", "pipemoe_lina", "schemoe", "fsmoe")
+    assert len({look_of(name).colour for name in schedules}) == len(schedules)
+
+
 def test_the_style_is_the_callers_again_afterwards() -> None:
     before = dict(mpl.rcParams)
     with suite_style():
@@ -285,6 +293,39 @@ def test_a_caption_is_wrapped_to_the_page() -> None:
     assert text.get_text().replace("\n", " ").endswith("words, The last one.")
     assert len(text.get_text().splitlines()) > 3
     assert extent(text, figure).x1 <= figure.bbox.x1
+    assert figure.get_figheight() > 2.0, "the panels keep their height"
+
+
+@pytest.mark.parametrize("length", [5, 20, 45])
+def test_a_legend_has_as_many_columns_as_the_page_has_room_for(length: int) -> None:
+    labels = [f"{index} {'x' * length}" for index in range(7)]
+    with suite_style():
+        figure, (axes,) = new_figure(2.0)
+        legend(figure, [axes.plot([0, index])[0] for index in range(7)], labels, 4)
+        figure.draw_without_rendering()
+    (drawn,) = figure.legends
+    assert drawn.get_window_extent().x1 <= figure.bbox.x1
+    columns = {round(text.get_window_extent().x0) for text in drawn.get_texts()}
+    assert len(columns) == {5: 4, 20: 2, 45: 1}[length]
+    assert (figure.get_figheight() > 2.0) == (length > 5)
+
+
+def test_a_legend_without_labels_is_none() -> None:
+    figure, _ = new_figure(2.0)
+    legend(figure, [], [], 3)
+    assert not figure.legends
+
+
+def test_captions_name_the_hardware_of_the_runs(tmp_path: Path) -> None:
+    run = write_run(tmp_path, "flat", 0)
+    manifest = json.loads((run / "manifest.json").read_text())
+    (run / "manifest.json").write_text(json.dumps(manifest | {"hardware": {"gpus": ["NVIDIA H200, 139 GiB"] * 2}}))
+    assert where(compare([run], None)).startswith("On 2 x NVIDIA H200, cluster local_2x2 (4 gloo ranks")
+
+
+def test_a_reason_is_told_without_the_exception_s_name() -> None:
+    assert reason_of("refused: moe.errors.Refused: Tutel would pad") == "refused: Tutel would pad"
+    assert reason_of("refused: torch.compile fails. Fix: don't.") == "refused: torch.compile fails. Fix: don't."
 
 
 def test_saving_twice_gives_the_same_bytes(tmp_path: Path) -> None:

@@ -70,7 +70,11 @@ def test_table_ii_has_the_paper_beside_both_of_ours(folder: Path) -> None:
     with suite_style():
         figure = laid_out(duplication_figure(rows))
     text = all_text(figure)
-    for told in ("the paper's", "closed form of uniform choices (modelled)", "flat-tiny-s0 (measured routing)"):
+    for told in (
+        "the paper's",
+        "closed form of uniform choices (modelled)",
+        "routing of flat on tiny, seed 0 (measured)",
+    ):
         assert told in text
     assert [axes.get_title(loc="left") for axes in figure.axes] == [f"{size} groups" for size in (4, 8, 16, 32)]
     assert heights(figure, 0)[:3] == pytest.approx([12, 12.4, 50], abs=0.1), "K=2, 4 groups: all pairs are of one"

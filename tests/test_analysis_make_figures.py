@@ -13,17 +13,24 @@ import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 
+from analysis.compare import read_index
+from analysis.comparison import compare
 from analysis.figures import fsmoe
-from analysis.figures.__main__ import PAPERS, Made, main, make
+from analysis.figures.__main__ import PAPERS, Made, main, make, own_roots
 from analysis.figures.found import look_into
 from analysis.fsmoe_tables import read_simulated
 from analysis.ledger.entries import read_claims
 from analysis.ledger.verdicts import judge_all
 from analysis.load import load_run
 from analysis.plots.claims import claims_figure
+from analysis.plots.communication import communication_figure
+from analysis.plots.locality import locality_figure
 from analysis.plots.profile import profile_figure
 from analysis.plots.steps import steps_figure
+from analysis.plots.throughput import throughput_figure
 from analysis.style import suite_style
+from analysis.summary import summarise
+from analysis.topology import load_routings
 from tests import swiftmoe_results, topology_results
 from tests.analysis_results import LABELS, layer_rows, write_parquet, write_run
 from tests.test_analysis_figures import all_text, extent, texts
@@ -104,6 +111,15 @@ def test_tables_come_with_the_figures(drawn: Drawn) -> None:
     assert (drawn.out / "swiftmoe" / "toy_swiftmoe" / "swiftmoe.csv").is_file()
 
 
+def test_tables_and_index_name_no_folder_of_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "checkout" / "results").mkdir(parents=True)
+    monkeypatch.setattr("analysis.figures.__main__.ROOT", tmp_path / "checkout")
+    monkeypatch.chdir(tmp_path / "checkout")
+    assert own_roots() == [Path("results")]
+    monkeypatch.chdir(tmp_path)
+    assert own_roots() == [Path("checkout/results")]
+
+
 def test_contradictions_are_told_and_the_rest_is_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = topology_results.write_comparison(tmp_path / "results" / "toy").parent.parent
     rows = layer_rows("flat", "small")
@@ -154,6 +170,17 @@ def simulated(name: str) -> Figure:
     return draw(read_simulated(RESULTS / "fsmoe_simulated" / name, pattern))
 
 
+def published(figure: str) -> Figure:
+    """A figure of a published comparison whose systems have long names."""
+    comparison = compare(*read_index(RESULTS / "netns_2x2_ta_moe_deepspeed" / "compare"))
+    draw = {
+        "throughput": lambda: throughput_figure(comparison, summarise(comparison)),
+        "locality": lambda: locality_figure(comparison, load_routings(comparison)[0]),
+        "communication": lambda: communication_figure(comparison),
+    }
+    return draw[figure]()
+
+
 def claims(paper: str) -> Figure:
     """The verdicts on one paper."""
     return claims_figure(judge_all([claim for claim in read_claims() if claim.paper == paper], RESULTS))
@@ -179,6 +206,7 @@ def profile() -> Figure:
         *((lambda name=name: simulated(name), "simulated") for name in ("fig7.csv", "fig8.csv")),
         *((lambda name=name: simulated(name), "modelled") for name in ("table2.csv", "fig5.csv")),
         *((lambda paper=paper: claims(paper), "") for paper in ("TA-MoE", "HierMoE", "FSMoE", "suite")),
+        *((lambda name=name: published(name), "measured") for name in ("throughput", "locality", "communication")),
         (steps, "measured"),
         (profile, "measured"),
     ],

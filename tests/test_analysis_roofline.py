@@ -40,12 +40,31 @@ def test_points_and_curves_are_drawn_where_the_table_says(table: Path) -> None:
     assert len({str(line.get_linestyle()) + str(line.get_color()) for line in curves}) > 2
     drawn = np.array([line.get_xydata() for line in points]).reshape(-1, 2)
     np.testing.assert_allclose(drawn, [(0.4, 21), (0.9, 55), (0.9, 61)])
-    assert [line.get_markerfacecolor() == "white" for line in points] == [False, False, True]
+    assert [line.get_markerfacecolor() == "none" for line in points] == [False, False, True]
     text = all_text(figure)
-    for told in ("flat", "fastermoe", "ideal (5)", "semi-ideal, 3 : 4", "measured and modelled", "TFLOP/s of one rank"):
+    for told in (
+        "flat",
+        "fastermoe",
+        "ideal (5)",
+        "semi-ideal, 3 : 4",
+        "measured and modelled",
+        "throughput of one rank, TFLOP/s",
+    ):
         assert told in text
     boxes = [extent(item, figure) for item in texts(figure)]
     assert not [pair for pair in combinations(boxes, 2) if pair[0].overlaps(pair[1])]
+
+
+def test_systems_of_equal_ratios_do_not_hide_each_other() -> None:
+    near = [Point(name, 0.4, 21e12, kind) for name in ("flat", "tutel") for kind in ("measured", "modelled")]
+    with suite_style():
+        figure = roofline_figure(pd.DataFrame(roofline_rows(near, 400e12)), "")
+    points = [line for line in figure.axes[0].lines if np.size(line.get_xdata()) == 1]
+    points.sort(key=lambda line: line.get_zorder())  # the order in which they are drawn
+    sizes = [line.get_markersize() for line in points]
+    assert [line.get_markerfacecolor() == "none" for line in points] == [True, True, False, False]
+    assert sizes[0] > sizes[1] and sizes[2] > sizes[3] and sizes[0] > sizes[2] and sizes[1] > sizes[3]
+    assert "Sizes of markers only keep systems apart" in all_text(figure)
 
 
 def test_the_command_line_writes_both_files(table: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -342,12 +342,13 @@ def test_what_can_not_be_drawn_is_told(bare_figures: dict[str, Figure]) -> None:
 def test_heat_maps_say_what_was_measured_and_what_was_modelled(figures: dict[str, Figure]) -> None:
     panels: list[Any] = [axes for axes in figures["dispatch"].axes if axes.images]
     assert [axes.get_title(loc="left") for axes in panels] == [
-        *("flat\n(native)", "ta_moe\n(native)", "deepspeed\n(upstream)", "target of\nta_moe")
+        *("flat\n(native)", "ta_moe\n(native)", "deepspeed\n(upstream)", "ta_moe\n(target)")
     ]
     assert [axes.get_title(loc="right") for axes in panels] == ["measured"] * 3 + ["modelled"]
     assert {axes.images[0].get_clim() for axes in panels} == {(0.0, 0.4)}
     assert panels[1].images[0].get_array()[0].tolist() == pytest.approx([0.4, 0.3, 0.15, 0.15])
     assert "flat, ta_moe, deepspeed: seed 0, steps 18 to 19." in all_text(figures["dispatch"])
+    assert "Target of ta_moe: the shares that the run aimed at" in all_text(figures["dispatch"])
     assert "first seed only" in all_text(figures["dispatch"])
 
 
@@ -363,3 +364,4 @@ def test_bars_are_communication_then_computation(figures: dict[str, Figure]) -> 
     bars: list[Any] = list(figures["communication"].axes[0].patches[:2])
     assert [bar.get_width() for bar in bars] == pytest.approx([50, 14])  # 2 x (10 + 15) and 2 x (2 + 5) ms
     assert bars[1].get_x() == pytest.approx(50)
+    assert "50.0 + 14.0" in all_text(figures["communication"])

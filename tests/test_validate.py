@@ -103,9 +103,9 @@ def test_steps_are_predicted_from_the_modules_of_other_shapes(
     # Only at `middle` do the quartiles, 0.95 to 1.15, tell the two systems apart, and there equal times are simulated.
     assert ordered_share(rows) == 0.0
     said = capsys.readouterr().out
-    assert "6 pairs of a system and a shape: mean absolute relative error 12.5%, worst -50.0% (flat, middle)" in said
+    assert "6 pairs of a system and a shape: mean absolute relative error 12.5 %, worst -50.0 % (flat, middle)" in said
     assert (tmp_path / "out" / "validation.png").stat().st_size > 0
-    assert "| large | flat |" in (tmp_path / "out" / "validation.md").read_text()
+    assert "| large | flat (native) |" in (tmp_path / "out" / "validation.md").read_text()
 
 
 def test_order_of_systems() -> None:

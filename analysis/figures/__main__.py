@@ -7,6 +7,7 @@ CSV tables and an index into outputs/figures, a folder for each paper and one fo
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -111,6 +112,12 @@ def index(made: Sequence[Made], found: Found, out: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
+def own_roots() -> list[Path]:
+    """results/ and outputs/ as far as they are there, from here: tables and index.md name no folder of this machine."""
+    roots = [Path(os.path.relpath(ROOT / name)) for name in ("results", "outputs")]
+    return [path for path in roots if path.is_dir()]
+
+
 @exit_code
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line, with its exit code."""
@@ -122,7 +129,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     unknown = [name for name in given.papers if name not in PAPERS]
     if unknown:
         raise ResultsError(f"{unknown[0]}: no such paper. Fix: name some of {', '.join(PAPERS)}, or none for all.")
-    roots = given.results or [path for path in (ROOT / "results", ROOT / "outputs") if path.is_dir()]
+    roots = given.results or own_roots()
     made, found = make(given.papers or list(PAPERS), roots, given.out)
     failed = [one for one in made if one.failure]
     print(f"written: {given.out}/index.md, figures and tables of {len(made) - len(failed)} of {len(made)} sources")

@@ -13,6 +13,7 @@ from analysis.figures.found import ComparisonFolder, LayerFolder
 from analysis.files import write_text
 from analysis.layer import write_layer
 from analysis.ledger.verdicts import Verdict
+from analysis.load import UNKNOWN, Samples
 from analysis.machine import machine_of
 from analysis.plots.claims import claims_figure
 from analysis.plots.speedups import speedups_figure
@@ -21,14 +22,26 @@ from analysis.style import save, suite_style
 from analysis.summary import summarise
 
 RATIOS = {
-    "step_time_ratio": ("Layer", "speed over", "one forward and backward of a layer"),
+    "step_time_ratio": ("Layer", "speed, ratio to", "one forward and backward of a layer"),
     "communication_ratio": (
         "Communication",
-        "speed of communication over",
+        "communication speed, ratio to",
         "gate, dispatch and combine of one forward and backward: all of a layer but its experts",
     ),
 }
 """Of a layer's summary: title of the panel, label, and what is timed."""
+
+
+def sizes_of(samples: Samples) -> str:
+    """The sizes of a layer benchmark's shapes, as a sentence; "" when nothing says them."""
+    shapes = samples.metadata.get("shapes")
+    if not isinstance(shapes, dict):
+        return ""
+    shown = [name for name in dict.fromkeys(samples.table["shape"]) if name in shapes]
+    tokens = ", ".join(dict.fromkeys(str(shapes[name].get("tokens_per_rank", UNKNOWN)) for name in shown))
+    keys = ("num_experts", "top_k", "model_dim", "hidden_dim")
+    sizes = [f"{name} {'/'.join(str(shapes[name].get(key, UNKNOWN)) for key in keys)}" for name in shown]
+    return f"{tokens} tokens per rank; experts/top-k/model/hidden size: {', '.join(sizes)}." if shown else ""
 
 
 def write_throughput(one: ComparisonFolder, baseline: str, out: Path) -> None:
@@ -52,7 +65,13 @@ def write_ratios(layer: LayerFolder, baseline: str, metrics: Sequence[str], out:
         with suite_style():
             others = table[table["system"] != baseline]
             figure = speedups_figure(
-                others, label, kind, f"On {machine_of(layer.path)}.", title=title, quantity=quantity, told=told
+                others,
+                label,
+                kind,
+                f"{sizes_of(layer.samples)} On {machine_of(layer.path)}.",
+                title=title,
+                quantity=quantity,
+                told=told,
             )
             save(figure, out / metric.removesuffix("_ratio"))
 

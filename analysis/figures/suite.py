@@ -13,7 +13,7 @@ from analysis.comparison import compare
 from analysis.errors import ResultsError
 from analysis.figures import fsmoe, hiermoe, swiftmoe, ta_moe
 from analysis.figures.found import ComparisonFolder, Found, LayerFolder, Recipe
-from analysis.figures.parts import write_ratios
+from analysis.figures.parts import sizes_of, write_ratios
 from analysis.files import write_text
 from analysis.growth import series_of, write_growth
 from analysis.layer import refuse_bad_times
@@ -81,8 +81,8 @@ def write_profile(layer: LayerFolder, out: Path) -> None:
     if medians.isna().all(axis=0).any():
         raise ResultsError(f"{layer.path}: a shape has no time of any system. Fix: measure it again.")
     workloads = " and ".join(dict.fromkeys(times["workload"]))
-    shapes = ", ".join(dict.fromkeys(times["shape"]))
-    where = f"Shapes {shapes}; {workloads} routing, on {machine_of(layer.path)}."
+    shapes = sizes_of(samples) or f"Shapes {', '.join(dict.fromkeys(times['shape']))}."
+    where = f"{shapes} {workloads.capitalize()} routing, on {machine_of(layer.path)}."
     kind = str(samples.metadata.get("kind", "measured"))
     rows = [
         {

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
-from analysis.style import PALE
+from analysis.style import PALE, SMALL_POINTS
 
 PAPER: dict[str, Any] = {"facecolor": PALE, "edgecolor": "white", "hatch": "////", "linewidth": 0.4}
 """A number that the paper states; ours are plain."""
@@ -18,13 +18,14 @@ Series = tuple[pd.Series, dict[str, Any]]
 """Values by position, and the style of their bars."""
 
 
-def grouped_bars(axes: Axes, positions: Sequence[Hashable], series: Sequence[Series]) -> None:
+def grouped_bars(axes: Axes, positions: Sequence[Hashable], series: Sequence[Series], numbers: bool = False) -> None:
     """A group of bars at every position, in it a bar of every series that has a value there.
 
     Args:
         axes: to draw on.
         positions: of the groups, from left to right, written below them.
         series: their values, indexed by position.
+        numbers: whether each bar has its value above it, upright.
     """
     each = 0.84 / max(1, len(series))
     for column, position in enumerate(positions):
@@ -33,5 +34,16 @@ def grouped_bars(axes: Axes, positions: Sequence[Hashable], series: Sequence[Ser
         for index, (value, style) in enumerate(there):
             at = column + (index - (len(there) - 1) / 2) * each
             axes.bar(at, value, width=0.94 * each, zorder=2, **style)
+            if numbers:
+                axes.annotate(
+                    f"{value:.2f}",
+                    (at, value),
+                    xytext=(0, 2),
+                    textcoords="offset points",
+                    ha="center",
+                    va="bottom",
+                    rotation=90,
+                    fontsize=SMALL_POINTS,
+                )
     axes.set_xticks(range(len(positions)), [str(position) for position in positions])
     axes.tick_params(axis="x", length=0)

@@ -9,7 +9,7 @@ from matplotlib.patches import Patch
 
 from analysis.comparison import Comparison
 from analysis.plots.rows import ROW_INCHES, cell, no_number, partial, system_rows, where
-from analysis.style import GREY, caption, look_of, new_figure, panel
+from analysis.style import GREY, SMALL_POINTS, caption, legend, look_of, new_figure, panel
 from analysis.summary import BYTE_CLASSES, byte_parts, byte_source
 from analysis.tables import binary_bytes
 
@@ -58,7 +58,7 @@ def bytes_figure(comparison: Comparison, summary: pd.DataFrame) -> Figure:
                 xytext=(3, 0),
                 textcoords="offset points",
                 va="center",
-                fontsize=5.8,
+                fontsize=SMALL_POINTS,
                 color=GREY,
             )
         panel(axes, f"over level {level}", comparison.kind)
@@ -70,7 +70,7 @@ def bytes_figure(comparison: Comparison, summary: pd.DataFrame) -> Figure:
         for kind in classes
     ]
     if handles:
-        figure.legend(handles, [_NAMES[kind] for kind in classes], loc="outside upper left", ncols=3)
+        legend(figure, handles, [_NAMES[kind] for kind in classes], 3)
     caption(
         figure,
         "Token traffic is counted exactly; reductions as a ring moves them. Mean over steps and seeds. Copies that "

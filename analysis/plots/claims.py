@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
@@ -11,16 +12,18 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from analysis.ledger.verdicts import NOT_REPRODUCED, NOT_TESTED, PARTLY, REPRODUCED, Verdict
-from analysis.style import GREY, PAGE_INCHES, PALE, caption, new_figure, panel
+from analysis.style import GREY, PAGE_INCHES, PALE, SMALL_POINTS, caption, legend, new_figure, panel
 from analysis.tables import with_interval
 
 _LOOKS = {
-    REPRODUCED: ("#0072B2", "o"),
-    PARTLY: ("#E69F00", "s"),
-    NOT_REPRODUCED: ("#D55E00", "X"),
+    REPRODUCED: ("#228833", "o"),
+    PARTLY: ("#CCAA22", "s"),
+    NOT_REPRODUCED: ("#CC3344", "X"),
     NOT_TESTED: (GREY, "d"),
 }
-"""Of a number with each verdict; the last is fitted to the number that is claimed."""
+"""Of a number with each verdict: no system's colours. The last is fitted to the number that is claimed."""
+
+_POINT: dict[str, Any] = {"mec": "white", "mew": 0.4}
 
 _ROW_INCHES = 0.19
 
@@ -46,23 +49,23 @@ def claims_figure(verdicts: Sequence[Verdict]) -> Figure:
         kinds = list(dict.fromkeys(row.kind for row in rows))
         _draw(axes, rows)
         names = [f"{row.id} ({row.kind})" if len(kinds) > 1 else row.id for row in rows]
-        axes.set_yticks(range(len(rows)), names, fontsize=5.8)
+        axes.set_yticks(range(len(rows)), names, fontsize=SMALL_POINTS)
         axes.set_xlabel("ratio, x" if unit == "x" else unit)
         panel(axes, "", " and ".join(kinds))
     found = {row.verdict for rows in units.values() for row in rows}
     handles: list[Artist] = [Patch(facecolor=PALE, alpha=0.6)]
     handles += [
-        Line2D([], [], color=colour, marker=marker, markersize=4.5, linestyle="none")
+        Line2D([], [], color=colour, marker=marker, ms=_size(marker), linestyle="none", **_POINT)
         for verdict, (colour, marker) in _LOOKS.items()
         if verdict in found
     ]
     labels = ["the claim", *(f"ours: {verdict}" for verdict in _LOOKS if verdict in found)]
-    figure.legend(handles, labels, loc="outside upper left", ncols=5)
+    legend(figure, handles, labels, 5)
     without = [row.id for row in verdicts if row.interval is None]
     caption(
         figure,
-        "A row a test, with its 95 % bootstrap interval over rounds or the range over at most five seeds; dashed: no "
-        "effect. Settings and hardware, which are not the papers', stand in REPRODUCTION.md.",
+        "A row for each test, with its 95 % bootstrap interval over rounds or the range over at most five seeds; "
+        "dashed: no effect. Settings and hardware, which are not the papers', stand in REPRODUCTION.md.",
         f"Without a number: {', '.join(without)}." if without else "",
     )
     return figure
@@ -88,7 +91,7 @@ def _draw(axes: Axes, rows: Sequence[Verdict]) -> None:
         assert row.interval is not None, "rows without a number are not drawn"
         low, high = _ends(row)
         axes.plot([low, high], [at, at], color=colour, linewidth=1.4, solid_capstyle="butt", zorder=3)
-        axes.plot(row.interval.value, at, marker, color=colour, markersize=4.5, mec="white", mew=0.5, zorder=4)
+        axes.plot(row.interval.value, at, marker, color=colour, ms=_size(marker), zorder=4, **_POINT)
         axes.annotate(
             with_interval(row.interval),
             (1, at),
@@ -96,11 +99,15 @@ def _draw(axes: Axes, rows: Sequence[Verdict]) -> None:
             xytext=(4, 0),
             textcoords="offset points",
             va="center",
-            fontsize=5.8,
+            fontsize=SMALL_POINTS,
         )
     axes.set_xlim(left, right)
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.tick_params(axis="y", length=0)
+
+
+def _size(marker: str) -> float:
+    return 6.0 if marker == "X" else 4.5  # its white edge takes more of it
 
 
 def _ends(row: Verdict) -> tuple[float, float]:

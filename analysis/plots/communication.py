@@ -7,7 +7,7 @@ from matplotlib.patches import Patch
 
 from analysis.comparison import Comparison
 from analysis.plots.rows import ROW_INCHES, no_number, system_rows, timed, where
-from analysis.style import STAGE_COLOURS, caption, new_figure, panel
+from analysis.style import SMALL_POINTS, STAGE_COLOURS, caption, legend, new_figure, panel
 from analysis.tables import significant
 from analysis.topology_table import COMMUNICATION, COMPUTATION, stage_interval
 
@@ -19,12 +19,12 @@ PARTS = {
 
 
 def communication_figure(comparison: Comparison) -> Figure:
-    """A bar a system: communication, then computation, each with its median and interval, forward and backward."""
-    figure, (axes,) = new_figure(1.2 + ROW_INCHES * 1.2 * len(comparison.systems))
+    """A bar a system: communication, then computation, each with its interval and, at the right, its median."""
+    figure, (axes,) = new_figure(1.3 + ROW_INCHES * 1.2 * len(comparison.systems))
     system_rows(axes, comparison)
     longest = 0.0
     for row, system in enumerate(comparison.systems):
-        left = 0.0
+        left, numbers = 0.0, []
         for stages, colour in PARTS.values():
             found = stage_interval(comparison, system, stages)
             if found is None:
@@ -42,26 +42,32 @@ def communication_figure(comparison: Comparison) -> Figure:
                 zorder=4,
             )
             longest = max(longest, left + max(value, high))
-            if value:
-                place, background = left + value / 2, {"boxstyle": "square,pad=0.1", "fc": "white", "ec": "none"}
-                axes.text(
-                    place, row, significant(value, 3), ha="center", va="center", fontsize=5.8, bbox=background, zorder=5
-                )
             left += value
-        if not left:
+            numbers.append(significant(value, 3))
+        if left:
+            axes.annotate(
+                " + ".join(numbers),
+                (1, row),
+                xycoords=axes.get_yaxis_transform(),
+                xytext=(3, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=SMALL_POINTS,
+            )
+        else:
             told = [f"{problem.status}: {problem.reason}" for problem in comparison.problems_of(system, "samples")]
             no_number(axes, row, told[0] if told else "its stages were not timed", 40)
     axes.set_xlim(0, 1.05 * longest or 1)
     axes.set_xlabel("time in one timed step, ms")
     panel(axes, "MoE layers", comparison.kind)
     handles = [Patch(facecolor=colour, edgecolor="white") for _, colour in PARTS.values()]
-    figure.legend(handles, list(PARTS), loc="outside upper left", ncols=1)
+    legend(figure, handles, list(PARTS), 1)
     caption(
         figure,
-        "Forward and backward, summed over layers: medians over rounds of the slowest rank with 95 % bootstrap "
-        "intervals, from rounds of their own under the stage clock. A rank that waits for another one waits in "
-        "communication. Some gates also lay out slots, and that time stands under computation, as does the exchange "
-        "that a schedule hides under its experts (fastermoe).",
+        "Forward and backward, summed over layers, at the right in ms: medians over rounds of the slowest rank with "
+        "95 % bootstrap intervals, from rounds of their own under the stage clock. A rank that waits for another one "
+        "waits in communication. Some gates also lay out slots, and that time stands under computation, as does the "
+        "exchange that a schedule hides under its experts (fastermoe).",
         timed(comparison),
         where(comparison),
     )

@@ -47,7 +47,8 @@ def dispatch_figure(comparison: Comparison, routings: Mapping[tuple[str, int | N
         if routing.target_WW is not None:
             _add_target(targets, system, routing.target_WW)
     for names, target_WW in targets:
-        shown.append((f"target of\n{shortened(', '.join(names), 14)}", "modelled", target_WW))
+        more = f" + {len(names) - 1}" if len(names) > 1 else ""
+        shown.append((f"{shortened(names[0], 24)}{more}\n(target)", "modelled", target_WW))
     if not shown:
         return _empty(comparison)
     num_rows = -(-len(shown) // _COLUMNS)
@@ -78,7 +79,11 @@ def dispatch_figure(comparison: Comparison, routings: Mapping[tuple[str, int | N
         "the logged steps, first seed only.",
         *(f"{', '.join(systems)}: {span}." for span, systems in spans.items()),
         "Lines: groups of ranks." if groups else "",
-        "Target: the shares that the run aimed at, from the costs of the levels; no measurement." if targets else "",
+        *(
+            f"Target of {', '.join(names)}: the shares that the run aimed at, from the costs of the levels; no "
+            "measurement."
+            for names, _ in targets
+        ),
         where(comparison),
     )
     return figure
@@ -124,8 +129,8 @@ def _label(axes: Axes, shares_WW: NDArray[np.float64], largest: float, groups: l
             axes.axvline(edge - 0.5, color=GREY, linewidth=0.7)
     if num_ranks > _MOST_NUMBERED:
         return
-    font_size = 6.5 if num_ranks <= 4 else 4.2
+    digits, font_size = (0, 6.5) if num_ranks <= 4 else (1, 5.5)  # 0.25, where ranks are many .25
     for (row, column), share in np.ndenumerate(shares_WW):
         colour = "white" if share > 0.72 * largest else "black"
-        text = f"{share:.2f}" if np.isfinite(share) else "-"
+        text = f"{share:.2f}"[digits if share < 0.995 else 0 :] if np.isfinite(share) else "-"
         axes.text(column, row, text, ha="center", va="center", fontsize=font_size, color=colour)

@@ -14,10 +14,18 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from analysis.fsmoe_tables import SCHEDULES, titled
 from analysis.plots.bars import PAPER, Series, grouped_bars
-from analysis.style import GREY, PAGE_INCHES, PALE, caption, look_of, new_figure, panel
+from analysis.style import GREY, PAGE_INCHES, PALE, SMALL_POINTS, caption, legend, look_of, new_figure, panel
 
-_OWN = look_of("fsmoe").colour
-_COSTS = ("#88CCEE", "#117733", "#DDAA33", "#661100", "#AA4499", "#332288")
+_TESTBEDS = {"A": (look_of("fsmoe").colour, "o"), "B": ("#CC8866", "s")}
+_COSTS = {
+    "figure 5": "#88CCEE",
+    "figure 5, GEMM x 4 (ours)": "#4477AA",
+    "table 2": "#EE8866",
+    "table 2, contention 1.4": "#994455",
+}
+"""One colour for life: tables and figures are simulated from different ones of these costs."""
+
+_OTHER_COSTS = ("#BBCC33", "#AAAA00", "#77AADD")
 _OPERATIONS = {
     "gemm": ("#000000", "o"),
     "experts": ("#000000", "o"),
@@ -27,23 +35,31 @@ _OPERATIONS = {
     "reduce_scatter": ("#BB5566", "v"),
     "all_reduce": ("#228833", "P"),
 }
-NO_CODE = "Simulated from the paper's own costs: no system's code ran. Testbeds: A 48 A6000, B 32 RTX 2080 Ti."
+_MACHINES = {"A": "48 A6000", "B": "32 RTX 2080 Ti"}
+
+
+def _no_code(testbeds: Sequence[str]) -> str:
+    """What a simulation is of, as sentences."""
+    named = [f"{name}: {_MACHINES[name]}" for name in _MACHINES if any(name in testbed for testbed in testbeds)]
+    return f"Simulated from the paper's own costs: no system's code ran. Testbed {'; '.join(named)}."
 
 
 def _costs_style(costs: Sequence[str], name: str, kind: str) -> dict[str, Any]:
-    colour = _COSTS[list(costs).index(name) % len(_COSTS)]
+    others = [cost for cost in costs if cost not in _COSTS]
+    colour = _COSTS[name] if name in _COSTS else _OTHER_COSTS[others.index(name) % len(_OTHER_COSTS)]
     if kind == "fitted":  # hollow: it says nothing about the number beside it
         return {"facecolor": "white", "edgecolor": colour, "linewidth": 0.9}
     return {"color": colour}
 
 
-def _legend(figure: Figure, costs: Sequence[str], fitted: bool, stated: Patch | None = None) -> None:
-    handles = [stated or Patch(**PAPER), *(Patch(**_costs_style(costs, name, "simulated")) for name in costs)]
-    labels = ["the paper's (measured)", *(f"{name} (simulated)" for name in costs)]
+def _legend(figure: Figure, costs: Sequence[str], fitted: bool, span: Patch | None = None) -> None:
+    handles = [span or Patch(**PAPER), *(Patch(**_costs_style(costs, name, "simulated")) for name in costs)]
+    paper = "span of FSMoE in the paper (measured)" if span else "the paper's (measured)"
+    labels = [paper, *(f"costs of {name} (simulated)" for name in costs)]
     if fitted:
         handles.append(Patch(facecolor="white", edgecolor=GREY, linewidth=0.9))
         labels.append("hollow: fitted to the paper's")
-    figure.legend(handles, labels, loc="outside upper left", ncols=3)
+    legend(figure, handles, labels, 3)
 
 
 def table_5_figure(rows: pd.DataFrame) -> Figure:
@@ -61,14 +77,14 @@ def table_5_figure(rows: pd.DataFrame) -> Figure:
         series: list[Series] = [(own.drop_duplicates("schedule").set_index("schedule")["paper"], PAPER)]
         for (cost, kind), cells in own.groupby(["costs", "kind"], sort=False):
             series.append((cells.set_index("schedule")["ours"], _costs_style(costs, cost, kind)))
-        grouped_bars(axes, named, series)
+        grouped_bars(axes, named, series, numbers=True)
         axes.set_xticks(range(len(named)), [SCHEDULES[name] for name in named])
         axes.axhline(1, color=GREY, linewidth=0.8, zorder=4)
         panel(axes, titled(testbed), "simulated", grid="y")
-    panels[0].set_ylim(bottom=0.9)
-    panels[0].set_ylabel("mean speed-up over Tutel, x\n(axis begins at 0.9)")
+    panels[0].set_ylim(0, 1.2 * float(rows.loc[rows["schedule"].isin(named), ["paper", "ours"]].max().max()))
+    panels[0].set_ylabel("mean speed-up over Tutel, x")
     _legend(figure, costs, (rows["kind"] == "fitted").any())
-    caption(figure, "FSMoE's table 5, mean over 1458 layers of each testbed.", NO_CODE)
+    caption(figure, "FSMoE's table 5, mean over 1458 layers of each testbed.", _no_code(testbeds))
     return figure
 
 
@@ -78,25 +94,31 @@ def contention_figure(rows: pd.DataFrame) -> Figure:
     Args:
         rows: of contention.csv, with the column contention.
     """
-    figure, (axes,) = new_figure(2.5)
-    looks = {"A": ("#661100", "o"), "B": ("#0072B2", "s")}
-    handles, labels = [], []
+    figure, (axes,) = new_figure(2.9)
+    ours: dict[str, Line2D] = {}
+    papers: dict[str, Line2D] = {}
     for testbed, own in rows.groupby("testbed", sort=False):
-        colour, marker = looks.get(str(testbed), (GREY, "D"))
+        colour, marker = _TESTBEDS.get(str(testbed), (GREY, "D"))
         own = own.assign(contention=own["contention"].astype(float)).sort_values("contention")
         axes.plot(own["contention"], own["ours"], color=colour, marker=marker, ms=3.6)
         axes.axhline(own["paper"].iloc[0], color=colour, linewidth=0.8, linestyle=(0, (4, 2)))
         fitted = own[own["kind"] == "fitted"]
         axes.plot(fitted["contention"], fitted["ours"], "o", ms=8, fillstyle="none", color="black")
-        handles += [Line2D([], [], color=colour, marker=marker, ms=3.6)]
-        handles += [Line2D([], [], color=colour, linewidth=0.8, linestyle=(0, (4, 2)))]
-        labels += [f"{testbed}, ours (simulated)", f"{testbed}, paper's (measured)"]
-    handles.append(Line2D([], [], color="black", marker="o", ms=7, fillstyle="none", linestyle="none"))
-    figure.legend(handles, [*labels, "fitted to A's number"], loc="outside upper left", ncols=2)
+        ours[f"testbed {testbed} (simulated)"] = Line2D([], [], color=colour, marker=marker, ms=3.6)
+        papers[f"{testbed} in the paper (measured)"] = Line2D(
+            [], [], color=colour, linewidth=0.8, linestyle=(0, (4, 2))
+        )
+    ring = {"fitted to A's number": Line2D([], [], color="black", marker="o", ms=7, fillstyle="none", linestyle="none")}
+    handles = ours | ring | papers
+    legend(figure, list(handles.values()), list(handles), 2)
     axes.set_xlabel("contention: how much the links slow each other, x")
-    axes.set_ylabel("FSMoE's mean speed-up over Tutel, x")
+    axes.set_ylabel("mean speed-up over Tutel, x")
     panel(axes, "FSMoE in table 5", "simulated", grid="both")
-    caption(figure, "With costs fitted to the paper's table 2. 1: the links do not disturb each other.")
+    caption(
+        figure,
+        "FSMoE's mean speed-up over Tutel in its table 5, with costs fitted to the paper's table 2. 1: the links do "
+        "not disturb each other.",
+    )
     return figure
 
 
@@ -137,12 +159,16 @@ def table_2_figure(rows: pd.DataFrame) -> Figure:
     panels[0].set_ylabel("our time, ms")
     handles = [Line2D([], [], linestyle="none", marker=m, color=c, ms=4) for c, m in map(_operation, operations)]
     handles += [Line2D([], [], linestyle="none", marker="o", color=GREY, mfc=face, ms=4) for face in (GREY, "white")]
-    labels = [*(name.replace("_", "-") for name in operations), "testbed A (filled)", "testbed B (hollow)"]
-    figure.legend(handles, labels, loc="outside upper left", ncols=4)
+    labels = [*map(_named, operations), "testbed A (filled)", "testbed B (hollow)"]
+    legend(figure, handles, labels, 4)
     caption(
         figure, "FSMoE's table 2: operations of a layer of GPT2-XL and Mixtral-7B, forward and backward. Band: 25 %."
     )
     return figure
+
+
+def _named(operation: str) -> str:
+    return "GEMM" if operation == "gemm" else operation.replace("_", "-")
 
 
 def _operation(name: str) -> tuple[str, str]:
@@ -163,22 +189,24 @@ def figure_5_figure(rows: pd.DataFrame) -> Figure:
             own = rows[(rows["testbed"] == testbed) & ((rows["operation"] == "gemm") == gemm)]
             for operation, line in own.groupby("operation", sort=False):
                 colour, marker = _operation(str(operation))
-                style: dict[str, Any] = {"color": colour, "marker": marker, "ms": 2.6}
+                style: dict[str, Any] = {"color": colour, "marker": marker, "ms": 3.2, "mfc": "none", "mew": 0.8}
                 axes.plot(line["size"].astype(float) / 2**20, line["ours"], **style)
                 handles.setdefault(str(operation), Line2D([], [], **style))
-            axes.set_xlabel("size, 2^20 multiply-adds" if gemm else "size, 2^20 elements")
+            axes.set_xlabel(f"size, $2^{{20}}$ {'multiply-adds' if gemm else 'elements'}")
             axes.set_ylabel("time, ms")
-            axes.set_ylim(bottom=0)
+            axes.set_ylim(0, 1.15 * float(own["ours"].max()))
             panel(axes, f"testbed {testbed}, {'GEMM' if gemm else 'collectives'}", "modelled", grid="both")
-    figure.legend(
-        list(handles.values()), [name.replace("_", "-") for name in handles], loc="outside upper left", ncols=5
-    )
+    legend(figure, list(handles.values()), [_named(name) for name in handles], 5)
     caption(
         figure,
         "FSMoE's figure 5: lines that its authors fitted, at the sizes that they profiled; its measured points are in "
-        "an image only, and units are not verified.",
+        "an image only, and units are not verified. Of GEMM's line the time for each multiply-add is so small, as we "
+        "read its unit, that only the constant shows.",
     )
     return figure
+
+
+_SPAN: dict[str, Any] = {"color": PALE, "alpha": 0.5, "linewidth": 0}
 
 
 def speedup_panels(
@@ -197,13 +225,13 @@ def speedup_panels(
         by: what panels differ in beside the testbed.
         title: first sentence of the caption.
         ylabel: with its unit.
-        stated: the span of the paper's own numbers, drawn as a band, where only that is stated.
+        stated: the span of the paper's own numbers of FSMoE, drawn as a band, where only that is stated.
     """
     costs = list(dict.fromkeys(rows["costs"]))
     cells = list(dict.fromkeys(zip(rows["testbed"], rows[by], strict=True)))
     columns = min(3, len(cells))
     num_rows = -(-len(cells) // columns)
-    figure, panels = new_figure(0.75 + 1.75 * num_rows, PAGE_INCHES, nrows=num_rows, ncols=columns, sharey=True)
+    figure, panels = new_figure(0.75 + 1.9 * num_rows, PAGE_INCHES, nrows=num_rows, ncols=columns, sharey=True)
     for axes, (testbed, name) in zip(panels, cells, strict=False):
         own = rows[(rows["testbed"] == testbed) & (rows[by] == name)]
         series: list[Series] = [(own.drop_duplicates("group").set_index("group")["paper"], PAPER)]
@@ -213,17 +241,18 @@ def speedup_panels(
         grouped_bars(axes, here, series)
         axes.axhline(1, color=GREY, linewidth=0.8, zorder=4)
         if stated is not None:
-            axes.axhspan(*stated, color=PALE, alpha=0.35, linewidth=0, zorder=0)
+            place = here.index(SCHEDULES["fsmoe"])
+            axes.bar(place, stated[1] - stated[0], bottom=stated[0], width=0.96, zorder=0, **_SPAN)
         panel(axes, f"{name}, {titled(testbed)}" if name else titled(testbed), "simulated", grid="y")
         if len(here) > 6:
             axes.set_xticks(range(len(here)), here, rotation=35, ha="right", rotation_mode="anchor")
-        axes.tick_params(axis="x", labelsize=5.5)
+        axes.tick_params(axis="x", labelsize=SMALL_POINTS)
     for axes in panels[len(cells) :]:
         axes.set_axis_off()
     for axes in panels[::columns]:
         axes.set_ylabel(ylabel)
-    span = Patch(facecolor=PALE, alpha=0.35) if stated is not None else None
+    span = Patch(**_SPAN) if stated is not None else None
     _legend(figure, costs, (rows["kind"] == "fitted").any(), span)
     band = "Band: the span of FSMoE's bars in the paper, whose single heights are in an image only." if stated else ""
-    caption(figure, title, NO_CODE, band)
+    caption(figure, title, _no_code([testbed for testbed, _ in cells]), band)
     return figure

@@ -11,9 +11,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from analysis.style import GREY, PAGE_INCHES, caption, look_of, new_figure, panel, shortened
+from analysis.style import GREY, PAGE_INCHES, caption, legend, look_of, new_figure, panel, shortened
 
-TITLES = {"tokens_per_rank": "tokens per rank", "num_experts": "experts", "top_k": "choices a token"}
+TITLES = {"tokens_per_rank": "tokens per rank", "num_experts": "experts", "top_k": "experts per token (top-k)"}
 FLOOR: dict[str, Any] = {"color": GREY, "linestyle": (0, (3, 2)), "marker": "."}
 
 
@@ -53,12 +53,13 @@ def growth_figure(growth: pd.DataFrame, labels: Mapping[str, str], kind: str, st
     above[0].set_ylabel("step time, ms")
     below[0].set_ylabel("step time / floor")
     below[0].set_ylim(0, 1.1 * max([1.0, *growth["over_floor_high"].dropna()]))
-    figure.legend(*_legend(systems, labels, step), loc="outside upper left", ncols=min(6, len(systems) + 2))
+    legend(figure, *_legend(systems, labels, step), 6)
     caption(
         figure,
         f"One forward and backward under {' and '.join(dict.fromkeys(growth['workload']))} routing:",
         "medians over rounds of the slowest rank, with 95 % bootstrap intervals.",
-        "Floor: the experts' matrix products and four bare all-to-alls of the same bytes, in the same rounds.",
+        "Floor: the experts' matrix products and four bare all-to-alls of the same bytes, in the same rounds; a system "
+        "that sends less, or overlaps the two, can be below it.",
         _untimed(growth),
         where,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,14 +15,15 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from analysis.hiermoe_tables import Line
 from analysis.plots.bars import PAPER, Series, grouped_bars
-from analysis.style import COLUMN_INCHES, GREY, PAGE_INCHES, caption, look_of, new_figure, panel, shortened
+from analysis.style import COLUMN_INCHES, GREY, PAGE_INCHES, caption, legend, look_of, new_figure, panel, shortened
 
 _OWN = look_of("hiermoe").colour
-_METHODS = {"HD2": "#b9b2dc", "HD": "#7d72bb", "HierMoE": _OWN}
-"""Tints of one colour: they are one method with more and more of its parts."""
+_METHODS = {name: look_of(name).colour for name in ("HD2", "HD", "HierMoE")}
+"""One method with more and more of its parts."""
 
-_ROUTED = ("#117733", "#88CCEE", "#AA7744", "#DD7788")
-_VARIABLES = {"K": "choices a token, K", "E": "experts, E", "G": "GPUs, G"}
+_ROUTED = ("#44AA77", "#88CCEE", "#AA7744", "#DD7788")
+_RUN = re.compile(r"(?P<system>[^-]+)-(?P<model>.+)-s(?P<seed>\d+)(?:-[0-9a-f]{10})?")
+_VARIABLES = {"K": "experts per token, K", "E": "experts, E", "G": "GPUs, G"}
 _KIBI, _MEBI = 2**10, 2**20
 
 
@@ -33,7 +35,7 @@ def duplication_figure(rows: pd.DataFrame) -> Figure:
     """
     groups = sorted(set(rows["groups"]))
     routed = list(dict.fromkeys(rows["what"].dropna()))
-    figure, panels = new_figure(2.3 + 0.13 * len(routed), PAGE_INCHES, ncols=len(groups), sharey=True)
+    figure, panels = new_figure(2.5 + 0.13 * len(routed), PAGE_INCHES, ncols=len(groups), sharey=True)
     for axes, num_groups in zip(panels, groups, strict=True):
         own = rows[rows["groups"] == num_groups]
         choices = sorted(set(own["top_k"]))
@@ -46,15 +48,15 @@ def duplication_figure(rows: pd.DataFrame) -> Figure:
             values = own[own["what"] == what].set_index("top_k")["ours"]
             series.append((values, {"color": _ROUTED[index % len(_ROUTED)]}))
         grouped_bars(axes, choices, series)
-        axes.set_xlabel("choices a token, K")
+        axes.set_xlabel(_VARIABLES["K"])
         kind = "modelled" if own["what"].isna().all() else "modelled and measured"
         panel(axes, f"{num_groups} groups", kind, grid="y")
     panels[0].set_ylabel("copies that need not travel, %")
     handles = [Patch(**PAPER), Patch(color=_OWN)]
     handles += [Patch(color=_ROUTED[index % len(_ROUTED)]) for index in range(len(routed))]
     labels = ["the paper's", "closed form of uniform choices (modelled)"]
-    labels += [f"{shortened(what, 40)} (measured routing)" for what in routed]
-    figure.legend(handles, labels, loc="outside upper left", ncols=2)
+    labels += [f"{_routing_of(what)} (measured)" for what in routed]
+    legend(figure, handles, labels, 3)
     caption(
         figure,
         "HierMoE's table II: share of a token's copies that need not travel when a token is sent once to a group of "
@@ -64,6 +66,13 @@ def duplication_figure(rows: pd.DataFrame) -> Figure:
         else "",
     )
     return figure
+
+
+def _routing_of(run: str) -> str:
+    """Whose routing was counted, in words: a run is named by its folder."""
+    parts = _RUN.fullmatch(run)
+    told = f"{parts['system']} on {parts['model']}, seed {parts['seed']}" if parts else run
+    return shortened(f"routing of {told}", 50)
 
 
 def speedup_figure(rows: pd.DataFrame) -> Figure:
@@ -89,10 +98,10 @@ def speedup_figure(rows: pd.DataFrame) -> Figure:
         axes.set_xlabel(_VARIABLES[variable])
         panel(axes, shortened(routing, 24), "modelled", grid="y")
     for axes in panels[:: len(variables)]:
-        axes.set_ylabel("all-to-all speed-up\nover Megatron-LM")
+        axes.set_ylabel("all-to-all speed-up\nover Megatron-LM, x")
     handles = [Patch(**PAPER), *(Patch(color=colour) for colour in _METHODS.values())]
     labels = ["the paper's, measured, left of each", *(f"{name} (modelled)" for name in _METHODS)]
-    figure.legend(handles, labels, loc="outside upper left", ncols=4)
+    legend(figure, handles, labels, 4)
     told = [routing for routing in routings if not (rows[rows["routing"] == routing]["method"] == "HierMoE").any()]
     caption(
         figure,
@@ -137,7 +146,7 @@ def collectives_figure(paper: Sequence[Line], measured: Sequence[Line], where: s
         panel(axes, title, kind, grid="both")
     panels[0].set_ylabel("time of one collective, ms")
     handles = [Line2D([], [], **_line_style(name)) for name in names]
-    figure.legend(handles, names, loc="outside upper left", ncols=4)
+    legend(figure, handles, names, 4)
     caption(
         figure,
         "HierMoE's figure 9: fitted lines alpha + n beta of even all-to-alls over all ranks (standard), across one "
@@ -175,25 +184,26 @@ def levels_figure(table: pd.DataFrame, where: str) -> Figure:
         own = table[(table["shape"] == shape) & (table["workload"] == workload)]
         for at in range(len(own)):
             row = own.iloc[at]
-            axes.bar(at - 0.2, 1e3 * row["modelled_s"], 0.36, facecolor="white", edgecolor=_OWN, linewidth=0.8)
-            axes.bar(at + 0.2, 1e3 * row["measured_s"], 0.36, color=_OWN)
+            colour = look_of(row["system"]).colour
+            axes.bar(at - 0.2, 1e3 * row["modelled_s"], 0.36, facecolor="white", edgecolor=colour, linewidth=0.8)
+            axes.bar(at + 0.2, 1e3 * row["measured_s"], 0.36, color=colour)
             spread = [[max(0.0, row["measured_s"] - row["low_s"])], [max(0.0, row["high_s"] - row["measured_s"])]]
             axes.errorbar(at + 0.2, 1e3 * row["measured_s"], yerr=1e3 * np.array(spread), color="black", capsize=1.8)
         axes.set_xticks(range(len(own)), [shortened(str(system), 14) for system in own["system"]])
         axes.set_ylim(bottom=0)
         axes.tick_params(axis="x", length=0)
-        panel(axes, shortened(f"{shape}, {workload}", 26), "modelled and measured", grid="y")
+        panel(axes, shortened(f"{shape}, {workload}", 18), "modelled and measured", grid="y")
     for axes in panels[len(cells) :]:
         axes.set_axis_off()
     for axes in panels[::columns]:
         axes.set_ylabel("time of one dispatch, ms")
-    handles = [Patch(facecolor="white", edgecolor=_OWN), Patch(color=_OWN)]
-    figure.legend(handles, ["modelled (hollow)", "measured (filled)"], loc="outside upper left", ncols=2)
+    handles = [Patch(facecolor="white", edgecolor=GREY), Patch(color=GREY)]
+    legend(figure, handles, ["modelled (hollow)", "measured (filled)"], 2)
     caption(
         figure,
-        "Modelled: HierMoE's equations with the cluster's costs, of what was routed. Measured: the dispatch stage of a "
-        "forward, median over rounds of the slowest rank with its 95 % interval; it also counts, sorts and packs rows, "
-        "which the model leaves out.",
+        "Variants of hiermoe (native). Modelled: HierMoE's equations with the cluster's costs, of what was routed. "
+        "Measured: the dispatch stage of a forward, median over rounds of the slowest rank with its 95 % interval; it "
+        "also counts, sorts and packs rows, which the model leaves out.",
         where,
     )
     return figure

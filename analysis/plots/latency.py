@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from math import isfinite
+from statistics import fmean
+from typing import Any
 
 import pandas as pd
 from matplotlib.axes import Axes
@@ -12,7 +14,7 @@ from matplotlib.patches import Patch
 
 from analysis.comparison import Comparison
 from analysis.plots.rows import ROW_INCHES, no_number, system_rows, timed, where
-from analysis.style import GREY, PAGE_INCHES, PALE, STAGE_COLOURS, caption, look_of, new_figure, panel
+from analysis.style import GREY, PAGE_INCHES, PALE, STAGE_COLOURS, caption, legend, look_of, new_figure, panel
 from analysis.swiftmoe_latency import BREAKDOWN, REST, PerSeed
 
 _MS = 1e3
@@ -52,9 +54,10 @@ def latency_figure(comparison: Comparison, parts: pd.DataFrame, moving: PerSeed)
     for row, system in enumerate(comparison.systems):
         own = [ratio for (name, _), ratio in moving.items() if name == system]
         look = look_of(system)
+        style: dict[str, Any] = {"color": look.colour, "linestyle": "none", "zorder": 3}
         if own:
-            right.barh(row, sum(own) / len(own) - 1, left=1, height=0.62, color=look.colour)
-            right.plot(own, [row] * len(own), linestyle="none", color="black", marker=".", ms=3)
+            right.plot([fmean(own)] * 2, [row - 0.32, row + 0.32], color=look.colour, linewidth=1.6, zorder=2)
+            right.plot(own, [row] * len(own), marker=look.marker, ms=4.2, mew=0.8, mfc="white", **style)
         ratios += own
     right.axvline(1, color=GREY, linewidth=0.6)
     right.set_xlim(min(1.0, *ratios) - 0.02, 1.06 * max(ratios) if len(ratios) > 1 else 2)
@@ -64,14 +67,14 @@ def latency_figure(comparison: Comparison, parts: pd.DataFrame, moving: PerSeed)
     told = [name for name in (*BREAKDOWN, REST) if len(parts) and (parts[name].fillna(0) > 0).any()]
     handles: list[Patch | Line2D] = [Patch(facecolor=PART_COLOURS[name], edgecolor="white") for name in told]
     handles.append(Line2D([], [], color="black", marker="|", markersize=6, markeredgewidth=1.2, linestyle="none"))
-    figure.legend(handles, [*told, "whole step"], loc="outside upper left", ncols=4)
+    legend(figure, handles, [*told, "whole step"], 4)
     caption(
         figure,
         "Left: medians over interleaved rounds of the slowest rank, part by part, mean over seeds; parts are from "
         "rounds of their own under the stage clock. Parts of different ranks overlap, so a bar can end behind the "
         "whole step; where it ends before, the rest is what no part tells. Right: median training step that moves "
-        "replicas over the median one that does not, mean over seeds, a dot a seed; of systems most of whose steps "
-        "move none.",
+        "replicas over the median one that does not: a marker for each seed, a bar at their mean; of systems most of "
+        "whose steps move none.",
         timed(comparison),
         where(comparison),
     )

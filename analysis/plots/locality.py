@@ -17,7 +17,7 @@ from analysis.comparison import Comparison
 from analysis.pair_costs import innermost_group, levels_of
 from analysis.plots.rows import where
 from analysis.routing import Routing
-from analysis.style import GREY, caption, look_of, new_figure, panel
+from analysis.style import GREY, caption, legend, look_of, new_figure, panel
 
 EVEN: dict[str, Any] = {"color": GREY, "linestyle": (0, (1, 1.5)), "linewidth": 0.9}
 _TARGET_DASHES = (0, (4, 2))
@@ -51,7 +51,7 @@ def locality_figure(comparison: Comparison, routings: Mapping[tuple[str, int | N
             missing.append(system)
             continue
         # The first system is drawn widest, so that it shows beside one that coincides with it.
-        width = 1.1 if len(drawn) == 1 else 2.2 - 1.2 * drawn.index(system) / (len(drawn) - 1)
+        width = 1.1 if len(drawn) == 1 else 1.8 - 0.9 * drawn.index(system) / (len(drawn) - 1)
         handles.append(_draw(axes, shares[shares["system"] == system], system, width, index / len(comparison.systems)))
         labels.append(comparison.label(system))
     targets = _targets(comparison, routings, size)
@@ -59,7 +59,7 @@ def locality_figure(comparison: Comparison, routings: Mapping[tuple[str, int | N
         axes.axhline(share, color=look_of(system).colour, linestyle=_TARGET_DASHES, linewidth=0.8, zorder=1)
     if targets:
         handles.append(Line2D([], [], color=GREY, linestyle=_TARGET_DASHES, linewidth=0.8))
-        labels.append("target, in its system's colour (modelled)")
+        labels.append("target (modelled)")
     num_ranks = next((routing.num_ranks for routing in routings.values()), 0)
     if num_ranks > size:
         axes.axhline(size / num_ranks, zorder=1, **EVEN)
@@ -70,7 +70,7 @@ def locality_figure(comparison: Comparison, routings: Mapping[tuple[str, int | N
         low, high = axes.get_ylim()
         axes.set_ylim(max(0.0, low - 0.02), min(1.0, high + 0.02))
         axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True))
-        figure.legend(handles, labels, loc="outside upper left", ncols=1 if max(map(len, labels)) > 42 else 2)
+        legend(figure, handles, labels, 2)
     else:
         axes.set_xticks([])
         axes.set_yticks([])
@@ -84,6 +84,7 @@ def locality_figure(comparison: Comparison, routings: Mapping[tuple[str, int | N
         figure,
         f"Share of all ranks' token copies whose expert lies {_place(size, names)}, all layers together, before drops.",
         f"Lines: mean of {count} seeds, each seed thin." if count > 1 else "",
+        "Targets in their systems' colours." if targets else "",
         f"Not recorded: {', '.join(missing)}." if missing and drawn else "",
         where(comparison),
     )

@@ -13,7 +13,7 @@ from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
 from analysis.comparison import Comparison
 from analysis.plots.rows import where
-from analysis.style import GREY, caption, look_of, new_figure, panel, shortened
+from analysis.style import GREY, caption, legend, look_of, new_figure, panel, shortened
 
 _LINEAR_BELOW = 1e-7
 """Distances under this are drawn linearly, down to 0: float32 can't tell losses apart that are closer."""
@@ -50,7 +50,7 @@ def loss_figure(comparison: Comparison) -> Figure:
     below.set_xlabel("step")
     below.set_ylabel("nats per token")
     below.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True))
-    figure.legend(*_legend(comparison, styles), loc="outside upper left", ncols=2)
+    legend(figure, *_legend(comparison, styles), 2)
     caption(figure, *_sentences(comparison), where(comparison))
     return figure
 
@@ -150,7 +150,7 @@ def _sentences(comparison: Comparison) -> list[str]:
     mean = f", mean of {count} seeds (thin: each seed)" if count > 1 else ""
     told = [
         f"Lines: training loss{mean}; dashes take turns where systems coincide. Markers: held-out loss, one per seed, "
-        f"set apart sideways. Distance: absolute, linear under {_LINEAR_BELOW:.0e}."
+        f"set apart sideways. Distance: absolute, linear under $10^{{{np.log10(_LINEAR_BELOW):.0f}}}$."
     ]
     missing = [
         f"{problem.system} {'' if problem.seed is None else f'seed {problem.seed} '}({problem.status})"

@@ -12,7 +12,7 @@ from matplotlib.ticker import MaxNLocator
 
 from analysis.comparison import Comparison
 from analysis.plots.rows import where
-from analysis.style import GREY, PAGE_INCHES, caption, look_of, new_figure, panel
+from analysis.style import GREY, PAGE_INCHES, caption, legend, look_of, new_figure, panel
 
 
 def losses_in_time(comparison: Comparison) -> pd.DataFrame:
@@ -42,7 +42,7 @@ def loss_time_figure(comparison: Comparison) -> Figure:
     handles = []
     for index, system in enumerate(drawn):
         # The first system is drawn widest, so that it shows beside one that coincides with it.
-        style = _style(system, 2.4 - 1.6 * index / max(1, len(drawn) - 1) if len(drawn) > 1 else 1.1)
+        style = _style(system, 1.8 - 0.9 * index / (len(drawn) - 1) if len(drawn) > 1 else 1.1)
         handles.append(Line2D([], [], **style))
         for _, own in losses[losses["system"] == system].groupby("seed"):
             for axes, clock in zip(panels, ("step", "seconds"), strict=True):
@@ -65,13 +65,13 @@ def loss_time_figure(comparison: Comparison) -> Figure:
     missing = [system for system in comparison.systems if system not in drawn]
     if handles:
         labels = [comparison.label(system) for system in drawn]
-        figure.legend(handles, labels, loc="outside upper left", ncols=min(5, len(drawn)))
+        legend(figure, handles, labels, 5)
     seeds = ", ".join(str(seed) for seed in comparison.run_seeds)
     caption(
         figure,
-        f"A line a system and seed (seeds {seeds}). Time: each run's own step times, cumulated over its steps, without "
-        "validation, checkpoints and start-up; runs were trained one after the other, so it holds what else the "
-        "machine did. Step times side by side are those of the interleaved rounds.",
+        f"A line for each system and seed (seeds {seeds}); widths only keep them apart. Time: each run's own step "
+        "times, cumulated, without validation, checkpoints and start-up; runs were trained one after the other, so it "
+        "holds what else the machine did: the interleaved rounds compare step times.",
         f"No step times: {', '.join(untimed)}." if untimed else "",
         f"No validation loss: {', '.join(missing)}." if missing else "",
         where(comparison),

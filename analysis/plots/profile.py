@@ -11,7 +11,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator, PercentFor
 from numpy.typing import NDArray
 
 from analysis.statistics import performance_profile
-from analysis.style import caption, look_of, new_figure, panel
+from analysis.style import caption, legend, look_of, new_figure, panel
 
 
 def profile_figure(times: NDArray[np.float64], labels: Mapping[str, str], cases: int, kind: str, where: str) -> Figure:
@@ -29,7 +29,7 @@ def profile_figure(times: NDArray[np.float64], labels: Mapping[str, str], cases:
     end = 1.25 * max(at[-1], 1.6)
     for index, (system, own) in enumerate(zip(labels, shares, strict=True)):
         look = look_of(system)
-        width = 2.2 - 1.2 * index / max(1, len(labels) - 1)  # the first shows beside one that coincides with it
+        width = 1.8 - 0.9 * index / max(1, len(labels) - 1)  # the first shows beside one that coincides with it
         axes.step([*at, end], [*own, own[-1]], where="post", color=look.colour, linewidth=width, zorder=3)
         rises = np.flatnonzero(np.diff(own, prepend=0.0) > 0)
         axes.plot(at[rises], own[rises], look.marker, color=look.colour, ms=3.6, mfc="white", mew=0.9, zorder=4)
@@ -47,7 +47,7 @@ def profile_figure(times: NDArray[np.float64], labels: Mapping[str, str], cases:
         Line2D([], [], color=look_of(system).colour, marker=look_of(system).marker, ms=3.6, mfc="white", mew=0.9)
         for system in labels
     ]
-    figure.legend(handles, list(labels.values()), loc="outside upper left", ncols=2)
+    legend(figure, handles, list(labels.values()), 2)
     caption(
         figure,
         "By the median time of each shape; a system that did not run under one never gets there (Dolan and Moré).",

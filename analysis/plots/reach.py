@@ -11,7 +11,7 @@ from matplotlib.lines import Line2D
 
 from analysis.comparison import Comparison
 from analysis.plots.rows import ROW_INCHES, system_rows, where
-from analysis.style import GREY, PAGE_INCHES, caption, look_of, new_figure, panel
+from analysis.style import GREY, PAGE_INCHES, caption, legend, look_of, new_figure, panel
 
 CLOCKS = {"steps": "steps to the target", "seconds": "training time to the target, s"}
 
@@ -42,14 +42,14 @@ def reach_figure(comparison: Comparison, runs: pd.DataFrame, medians: pd.DataFra
         axes.set_xlim(left=0, right=1.06 * own["value"].max() if len(own) else 1)
         axes.set_xlabel(label)
         panel(axes, "", comparison.kind)
-    system_rows(panels[0], comparison)
+        system_rows(axes, comparison)
     handles = [
         Line2D([], [], color=GREY, marker="o", mfc="white", ms=4.2, linestyle="none"),
         Line2D([], [], color=GREY, marker=">", ms=4.2, linestyle="none"),
         Line2D([], [], color=GREY, marker="|", ms=8, mew=1.6, linestyle="none"),
     ]
-    labels = ["a seed that reached the target", "a seed that ended before", "median (Kaplan and Meier)"]
-    figure.legend(handles, labels, loc="outside upper left", ncols=3)
+    labels = ["a seed that reached the target", "a seed that did not, where it ended", "median (Kaplan and Meier)"]
+    legend(figure, handles, labels, 3)
     caption(
         figure,
         target,

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from analysis.comparison import Comparison
 from analysis.plots.rows import where
 from analysis.popularity import Expert, Popularities, Popularity
-from analysis.style import GREY, PAGE_INCHES, caption, look_of, new_figure, panel, shortened
+from analysis.style import GREY, PAGE_INCHES, SMALL_POINTS, caption, legend, look_of, new_figure, panel, shortened
 
 MOST_ROWS = 6
 """Systems that a page has room for."""
@@ -25,7 +25,7 @@ ZOOM_STEPS = 30
 COLUMNS = ("growing", "shrinking", "spiky", "spiky, in detail")
 """`Popularity.characters`, the last one twice."""
 
-_POPULARITY: dict[str, Any] = {"color": GREY, "linewidth": 0.8}
+_POPULARITY: dict[str, Any] = {"color": "#333333", "linewidth": 0.5}
 
 
 class Drawn(NamedTuple):
@@ -61,7 +61,7 @@ def replicas_figure(comparison: Comparison, popularities: Popularities) -> Figur
     """
     rows = rows_of(comparison, popularities)
     drawn, left_out = rows[:MOST_ROWS], [row.system for row in rows[MOST_ROWS:]]
-    height = 0.9 + 0.85 * max(1, len(drawn))
+    height = 0.9 + 1.0 * max(1, len(drawn))
     figure, panels = new_figure(height, PAGE_INCHES, nrows=max(1, len(drawn)), ncols=len(COLUMNS))
     for index, row in enumerate(drawn):
         own = panels[index * len(COLUMNS) : (index + 1) * len(COLUMNS)]
@@ -69,7 +69,7 @@ def replicas_figure(comparison: Comparison, popularities: Popularities) -> Figur
     if drawn:
         handles = [Line2D([], [], **_POPULARITY), Line2D([], [], color="black", linewidth=1.4)]
         labels = ["popularity: share of the layer's copies", "replicas: share of its slots, in the system's colour"]
-        figure.legend(handles, labels, loc="outside upper left", ncols=2)
+        legend(figure, handles, labels, 2)
     else:
         for axes, title in zip(panels, COLUMNS, strict=True):
             panel(axes, title, comparison.kind)
@@ -105,19 +105,20 @@ def _draw_row(panels: list[Axes], row: Drawn, comparison: Comparison, last: bool
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         axes.set_ylim(0, 1.3 * top)  # room for the name
         name = f"layer {of.layer}, expert {of.expert}"
-        axes.text(0.98, 0.97, name, transform=axes.transAxes, ha="right", va="top", fontsize=5.5, color=GREY)
+        style: dict[str, Any] = {"ha": "right", "va": "top", "fontsize": SMALL_POINTS, "color": GREY}
+        axes.text(0.98, 0.97, name, transform=axes.transAxes, **style)
         if last:
             axes.set_xlabel("step")
     label = comparison.label(row.system).replace(" (", "\n(")
-    panels[0].set_ylabel(f"{label}\nseed {row.seed}")
+    panels[0].set_ylabel(f"{label}\nseed {row.seed}", fontsize=SMALL_POINTS)
 
 
 def _draw(axes: Axes, row: Drawn, of: Expert, shown_S: NDArray[np.bool_]) -> None:
     steps_S = row.popularity.steps_S[shown_S]
-    axes.plot(steps_S, row.popularity.copy_shares_S(of)[shown_S], zorder=2, **_POPULARITY)
+    axes.plot(steps_S, row.popularity.copy_shares_S(of)[shown_S], zorder=3, **_POPULARITY)
     slots_S = row.popularity.slot_shares_S(of)[shown_S]
     style: dict[str, Any] = {"color": look_of(row.system).colour, "linewidth": 1.4, "drawstyle": "steps-mid"}
-    axes.plot(steps_S, slots_S, zorder=3, **style)
+    axes.plot(steps_S, slots_S, zorder=2, **style)
 
 
 def _busiest(shares_S: NDArray[np.float64]) -> NDArray[np.bool_]:

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from analysis.style import GREY, caption, look_of, new_figure, panel
+from analysis.style import GREY, caption, legend, look_of, new_figure, panel
 
 COLUMNS = ("what", "name", "kind", "ratio", "flops_per_s")
 _LINES: tuple[dict[str, Any], ...] = (
@@ -40,36 +40,43 @@ def roofline_figure(table: pd.DataFrame, where: str, labels: Mapping[str, str] |
     scale, unit = next(item for item in _PREFIXES if table["flops_per_s"].max() >= item[0] or item[0] == 1.0)
     names = list(dict.fromkeys(curves["name"]))
     systems = list(dict.fromkeys(points["name"]))
-    num_rows = -(-(len(names) + len(systems)) // 2)
-    figure, (axes,) = new_figure(2.5 + 0.13 * num_rows)
-    handles = []
+    num_rows = max(len(names), len(systems))
+    figure, (axes,) = new_figure(2.7 + 0.13 * num_rows)
+    handles: list[Line2D] = []
     for index, name in enumerate(names):
         own = curves[curves["name"] == name].sort_values("ratio")
-        style = _LINES[index % len(_LINES)]
-        axes.plot(own["ratio"], own["flops_per_s"] / scale, zorder=1, **style)
-        handles.append(Line2D([], [], **style))
-    for system in systems:
+        line = _LINES[index % len(_LINES)]
+        axes.plot(own["ratio"], own["flops_per_s"] / scale, zorder=1, **line)
+        handles.append(Line2D([], [], **line))
+    blank = Line2D([], [], linestyle="none")
+    handles += [blank] * (num_rows - len(names))  # curves in the first column of the legend, systems in the second
+    for index, system in enumerate(systems):
         own, look = points[points["name"] == system], look_of(system)
         for kind, mark in own.groupby("kind"):
-            fill = look.colour if kind == "measured" else "white"
-            style = {"color": look.colour, "markerfacecolor": fill, "markersize": 5, "linestyle": "none", "zorder": 3}
-            axes.plot(mark["ratio"], mark["flops_per_s"] / scale, marker=look.marker, **style)
-        handles.append(Line2D([], [], color=look.colour, marker=look.marker, markersize=5, linestyle="none"))
+            # The first system is drawn largest, so that it shows beside one that coincides with it.
+            size = look.size(6.5 - 2.5 * index / max(1, len(systems) - 1))
+            style: dict[str, Any] = {"mfc": look.colour, "mec": "white", "mew": 0.4, "ms": size, "zorder": 4}
+            if kind != "measured":  # a ring around what is measured, where both are equal
+                style = {"mfc": "none", "mec": look.colour, "mew": 0.9, "ms": size + 1, "zorder": 3}
+            axes.plot(mark["ratio"], mark["flops_per_s"] / scale, marker=look.marker, linestyle="none", **style)
+        handles.append(Line2D([], [], color=look.colour, marker=look.marker, ms=look.size(4.5), linestyle="none"))
     axes.set_xscale("log")
     axes.set_yscale("log")
     for axis in (axes.xaxis, axes.yaxis):
         _ticks(axis)
     axes.set_xlabel("computation / communication of one forward ($R_{CC}$)")
-    axes.set_ylabel(f"{unit} of one rank")
+    axes.set_ylabel(f"throughput of one rank, {unit}")
     panel(axes, "DDL-Roofline", " and ".join(sorted(set(points["kind"]))) or "modelled", grid="both")
-    told = [(labels or {}).get(system, system) for system in systems]
-    figure.legend(handles, [*names, *told], loc="outside upper left", ncols=2)
+    handles += [blank] * (num_rows - len(systems))
+    told = [*names, *[""] * (num_rows - len(names)), *((labels or {}).get(system, system) for system in systems)]
+    legend(figure, handles, told + [""] * (num_rows - len(systems)), 2)
     kinds = set(points["kind"])
     caption(
         figure,
         "Throughput: multiplications of the experts, forward and backward, over the time of a step.",
         "Curves (5) and (6) as published; 3 : 4 counts a step's three computations and four exchanges.",
         "Filled: measured; hollow: modelled." if len(kinds) > 1 else "",
+        "Sizes of markers only keep systems apart." if len(systems) > 1 else "",
         where,
     )
     return figure

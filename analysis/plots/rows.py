@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import pandas as pd
 from matplotlib.axes import Axes
 
 from analysis.comparison import Comparison
-from analysis.style import GREY, shortened
+from analysis.machine import machine_of
+from analysis.style import GREY, SMALL_POINTS, shortened
 
 ROW_INCHES = 0.23
 
@@ -26,15 +28,23 @@ def system_rows(axes: Axes, comparison: Comparison) -> None:
     axes.tick_params(axis="y", length=0)
 
 
+_EXCEPTION = re.compile(r"\b(?:\w+\.)+[A-Z]\w*: ")
+
+
+def reason_of(status: str) -> str:
+    """A status for a reader: without the name of the exception that told it, such as `moe.errors.Refused: `."""
+    return _EXCEPTION.sub("", status)
+
+
 def no_number(axes: Axes, row: int, reason: str, length: int = 52) -> None:
     """Write the reason into a system's row, from the left edge on."""
     axes.text(
         0.015,
         row,
-        shortened(reason, length),
+        shortened(reason_of(reason), length),
         transform=axes.get_yaxis_transform(),
         va="center",
-        fontsize=5.5,
+        fontsize=SMALL_POINTS,
         style="italic",
         color=GREY,
         bbox={"boxstyle": "square,pad=0.15", "facecolor": "white", "edgecolor": "none"},
@@ -58,7 +68,10 @@ def timed(comparison: Comparison) -> str:
 
 
 def where(comparison: Comparison) -> str:
-    """The cluster of a comparison and what stands in for it, as a sentence."""
+    """Hardware and cluster of a comparison and what stands in for the latter, as a sentence."""
+    for run in comparison.runs[:1]:
+        if run.manifest.get("hardware"):
+            return f"On {machine_of(run.path)}."
     ranks = comparison.ranks
     if "one machine" in comparison.emulation:
         ranks = ranks.removesuffix(" on one machine")
@@ -66,4 +79,4 @@ def where(comparison: Comparison) -> str:
         ranks = ""
     phrase = ", ".join(part for part in (ranks, comparison.emulation) if part)
     told = ": ".join(part for part in (comparison.cluster, phrase) if part).rstrip(".")
-    return f"{told}." if told else ""
+    return f"Cluster {told}." if told else ""

@@ -10,7 +10,7 @@ from matplotlib.patches import Patch
 
 from analysis.comparison import Comparison
 from analysis.plots.rows import ROW_INCHES, cell, no_number, partial, system_rows, timed, where
-from analysis.style import GREY, PALE, STAGE_COLOURS, caption, new_figure, panel
+from analysis.style import GREY, PALE, STAGE_COLOURS, caption, legend, new_figure, panel
 from analysis.summary import DIRECTIONS, stage_parts
 
 _MS = 1e3
@@ -58,7 +58,7 @@ def stages_figure(comparison: Comparison, summary: pd.DataFrame) -> Figure:
     handles = [Patch(facecolor=STAGE_COLOURS.get(stage, PALE), edgecolor="white") for stage in stages]
     handles += [Patch(facecolor=GREY, edgecolor="white", hatch=hatch, linewidth=0.5) for hatch in ("", "////")]
     step_tick = Line2D([], [], color="black", marker="|", markersize=6, markeredgewidth=1.2, linestyle="none")
-    figure.legend([*handles, step_tick], [*stages, *DIRECTIONS, "whole step"], loc="outside upper left", ncols=4)
+    legend(figure, [*handles, step_tick], [*stages, *DIRECTIONS, "whole step"], 4)
     caption(
         figure,
         "Medians over rounds of the slowest rank, stage by stage, from rounds of their own under the stage clock. "

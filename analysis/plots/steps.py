@@ -11,7 +11,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from analysis.load import Run
-from analysis.style import PAGE_INCHES, caption, look_of, new_figure, panel
+from analysis.style import PAGE_INCHES, caption, legend, look_of, new_figure, panel
 
 SMOOTH_STEPS = 5
 """Steps that a drawn line is the running median of."""
@@ -47,7 +47,7 @@ def steps_figure(runs: Sequence[Run], kind: str, where: str) -> Figure:
     axes.set_ylabel("time of a step, ms")
     panel(axes, "Training steps", kind, grid="y")
     labels = [f"{run.system} ({run.implementation})" for run in runs]
-    figure.legend(handles, labels, loc="outside upper left", ncols=min(6, len(runs)))
+    legend(figure, handles, labels, 6)
     beyond = sum(int((own > high).sum()) for own in times.values())
     caption(
         figure,

@@ -12,7 +12,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from analysis.comparison import Comparison
 from analysis.plots.rows import where
-from analysis.style import GREY, caption, look_of, new_figure, panel, shortened
+from analysis.style import GREY, caption, legend, look_of, new_figure, panel, shortened
 
 
 def survival_figure(comparison: Comparison, survival: pd.DataFrame) -> Figure:
@@ -28,13 +28,13 @@ def survival_figure(comparison: Comparison, survival: pd.DataFrame) -> Figure:
     handles = []
     for index, system in enumerate(drawn):
         # The first system is drawn widest, so that it shows beside one that coincides with it.
-        width = 1.1 if len(drawn) == 1 else 2.2 - 1.2 * index / (len(drawn) - 1)
+        width = 1.1 if len(drawn) == 1 else 1.8 - 0.9 * index / (len(drawn) - 1)
         handles.append(_draw(axes, survival[survival["system"] == system], system, width, index / len(drawn)))
     if drawn:
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         axes.set_ylim(top=min(1.02, axes.get_ylim()[1] + 0.02))
         axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True))
-        figure.legend(handles, [comparison.label(system) for system in drawn], loc="outside upper left", ncols=2)
+        legend(figure, handles, [comparison.label(system) for system in drawn], 2)
     else:
         axes.set_xticks([])
         axes.set_yticks([])

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import NullLocator
 
-from analysis.style import COLUMN_INCHES, GREY, PAGE_INCHES, caption, look_of, new_figure, panel, shortened
+from analysis.style import COLUMN_INCHES, GREY, PAGE_INCHES, caption, legend, look_of, new_figure, panel, shortened
 
 
 class Panel(NamedTuple):
@@ -73,7 +73,7 @@ def sweep_figure(table: pd.DataFrame, kind: str, target: str, window: int, place
         f"{system} ({implementation})"
         for system, implementation in table[["system", "implementation"]].drop_duplicates().itertuples(index=False)
     ]
-    figure.legend(handles, labels, loc="outside upper left", ncols=min(5, len(systems)))
+    legend(figure, handles, labels, 5)
     without = table[table["target_steps"].isna()] if table["target_loss"].notna().any() else table[:0]
     late = ", ".join(f"{row.system} at {row.key_value:g}" for row in without.itertuples())
     caption(

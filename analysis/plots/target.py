@@ -12,7 +12,7 @@ from matplotlib.ticker import MaxNLocator
 
 from analysis.comparison import Comparison
 from analysis.plots.rows import where
-from analysis.style import GREY, PAGE_INCHES, caption, look_of, new_figure, panel, shortened
+from analysis.style import GREY, PAGE_INCHES, caption, legend, look_of, new_figure, panel, shortened
 from analysis.target_loss import Target, never_reached, when_reached, why_missed
 
 _TARGET: dict[str, Any] = {"color": GREY, "linestyle": (0, (4, 2)), "linewidth": 0.8}
@@ -34,7 +34,7 @@ def target_figure(comparison: Comparison, curves: pd.DataFrame, target: Target, 
     for index, system in enumerate(drawn):
         look = look_of(system)
         # The first system is drawn widest, so that it shows beside one that coincides with it.
-        width = 2.2 - 1.3 * index / max(1, len(drawn) - 1) if len(drawn) > 1 else 1.1
+        width = 1.8 - 0.9 * index / (len(drawn) - 1) if len(drawn) > 1 else 1.1
         marker: dict[str, Any] = {"marker": look.marker, "ms": 4, "mfc": "white", "mew": 0.9}
         handles.append(Line2D([], [], color=look.colour, linewidth=width, **marker))
         labels.append(comparison.label(system))
@@ -64,7 +64,7 @@ def target_figure(comparison: Comparison, curves: pd.DataFrame, target: Target, 
         if isfinite(target.loss):
             handles.append(Line2D([], [], **_TARGET))
             labels.append("target")
-        figure.legend(handles, labels, loc="outside upper left", ncols=min(5, len(handles)))
+        legend(figure, handles, labels, 5)
     late: dict[str, list[str]] = {}
     for (system, seed), steps in never_reached(comparison, curves, target).items():
         late.setdefault(why_missed(steps), []).append(f"{system} seed {seed}")
@@ -72,8 +72,8 @@ def target_figure(comparison: Comparison, curves: pd.DataFrame, target: Target, 
     caption(
         figure,
         str(target),
-        f"A line a system and seed (seeds {seeds}), each value the mean of the last {window} logged steps; a marker in "
-        "the first one at or below the target.",
+        f"A line for each system and seed (seeds {seeds}; widths only keep them apart), each value the mean of the "
+        f"last {window} logged steps; a marker in the first one at or below the target.",
         *(shortened(f"The target was not reached by {', '.join(runs)} ({why}).", 200) for why, runs in late.items()),
         "Time: each run's own step times, cumulated, without validation, checkpoints and start-up; runs were trained "
         "one after the other, so it holds what else the machine did.",

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from analysis.comparison import Comparison
 from analysis.plots.rows import ROW_INCHES, cell, no_number, partial, system_rows, timed, where
@@ -16,9 +18,13 @@ _LOG_FROM = 4.0
 """From this factor between the slowest and the fastest system on, ratios stand on a logarithmic axis."""
 
 
+_FEW_TICKS_FROM = 15.0
+"""From this factor on a logarithmic axis has room for three ticks a decade."""
+
+
 def throughput_figure(comparison: Comparison, summary: pd.DataFrame) -> Figure:
     """One row per system: its rounds as light points, the ratio of medians with its interval on top, a line at 1."""
-    figure, (axes,) = new_figure(0.85 + ROW_INCHES * 1.15 * len(comparison.systems))
+    figure, (axes,) = new_figure(0.95 + ROW_INCHES * 1.15 * len(comparison.systems))
     system_rows(axes, comparison)
     drawn = [1.0]
     for row, system in enumerate(comparison.systems):
@@ -44,9 +50,8 @@ def throughput_figure(comparison: Comparison, summary: pd.DataFrame) -> Figure:
                 capthick=1.0,
                 zorder=3,
             )
-        axes.plot(
-            result["value"], row, look.marker, color=look.colour, ms=4.2, mec="white", mew=0.6, zorder=4, clip_on=False
-        )
+        style: dict[str, Any] = {"color": look.colour, "ms": look.size(4.4), "mew": 0, "zorder": 4, "clip_on": False}
+        axes.plot(result["value"], row, look.marker, **style)
         axes.annotate(
             significant(result["value"], 3),
             (1, row),
@@ -60,17 +65,18 @@ def throughput_figure(comparison: Comparison, summary: pd.DataFrame) -> Figure:
     low, high = min(drawn), max(drawn)
     if high / low > _LOG_FROM:
         axes.set_xscale("log")
-        ticks = [tick for decade in range(-4, 5) for tick in np.array([1, 2, 5]) * 10.0**decade]
+        steps = [1, 2, 5] if high / low > _FEW_TICKS_FROM else [1, 1.5, 2, 3, 5, 7]
+        ticks = [tick for decade in range(-4, 5) for tick in np.array(steps) * 10.0**decade]
         axes.xaxis.set_major_locator(FixedLocator([tick for tick in ticks if low / 1.3 <= tick <= high * 1.3]))
         axes.xaxis.set_minor_locator(NullLocator())
-        axes.xaxis.set_major_formatter(ScalarFormatter())
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _position: f"{value:g}"))
         axes.set_xlim(low / 1.15, high * 1.15)
     elif len(drawn) == 1:
         axes.set_xlim(0, 1.1)
     else:
         margin = 0.05 * max(high - low, 0.2)
         axes.set_xlim(low - margin, high + margin)
-    axes.set_xlabel(f"tokens per second, ratio to {comparison.label(comparison.baseline)}")
+    axes.set_xlabel(f"tokens per second,\nratio to {comparison.label(comparison.baseline)}")
     panel(axes, "Throughput", comparison.kind)
     caption(
         figure,
