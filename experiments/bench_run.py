@@ -27,6 +27,11 @@ def sources_sha256() -> str:
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
 
 
+def _alike(part: Any) -> Any:
+    """A part of a manifest as nodes of one kind have it: they differ in a few bytes of memory."""
+    return {key: part[key] for key in part if key != "memory_bytes"} if isinstance(part, dict) else part
+
+
 class BenchRun:
     """One benchmark run and its folder, outputs/<run id>/.
 
@@ -104,7 +109,8 @@ class BenchRun:
         manifest = provenance.manifest(run_id(config), seed, cluster, started=now())
         manifest["sources_sha256"] = sources_sha256()
         begun = keep and self.journal_path.exists()
-        changed = [key for key in manifest if key not in OF_ONE_START and manifest[key] != earlier.get(key)]
+        told = manifest.keys() - set(OF_ONE_START)
+        changed = [key for key in manifest if key in told and _alike(manifest[key]) != _alike(earlier.get(key))]
         if begun and not changed:
             start = {key: earlier[key] for key in ("started", "git")}
             manifest["earlier_starts"] = [*earlier.get("earlier_starts", []), start]

@@ -27,10 +27,11 @@ from analysis.validation import COLUMNS, format_validation, write_validation
 from experiments import registry
 from experiments.config import LayerRunConfig, LayerShape, cluster_from
 from experiments.model import DTYPES
+from moe.contention import Point, Points, contention_of
 from moe.costs import AlphaBeta
 from moe.errors import SuiteError
 from moe.layer_simulation import RoutedLayer
-from moe.module_profile import Point, Points, costs_of
+from moe.module_profile import costs_of
 from moe.simulator import makespan_s
 from moe.system import LayerSpec
 from moe.topology import Cluster
@@ -68,7 +69,7 @@ def validation_rows(folder: Path) -> Iterator[dict[str, Any]]:
         for system in config.systems:
             # Experts that are cut have other messages and products than whole ones, which all others have.
             own = [by_system.get(system.label) or next(iter(by_system.values())) for by_system in others]
-            layer = routed_layer(config, shape, cluster, fitted(own))
+            layer = replace(routed_layer(config, shape, cluster, fitted(own)), contention=contention_of(own))
             times = _times(samples, system.label, shape.name)
             created = registry.create(system.name, system.options)
             try:

@@ -29,10 +29,6 @@ Slice = Callable[[int], dist.Work | None]
 """Starts the all-reduce of the slice of gradient that a layer's plan puts in the middle of its backward."""
 
 
-MOST_WAITING = 4
-"""Gradients of chunks that are kept until they are summed."""
-
-
 @dataclass
 class Call:
     """What one forward and its backward go by.
@@ -133,7 +129,7 @@ class _Sum:
     def add(self, grad: Tensor | None) -> None:
         if grad is None:
             return
-        if len(self._terms) == MOST_WAITING:
+        if len(self._terms) == ops.MOST_TERMS:
             self._terms = [ops.sum_terms(self._terms, torch.float32)]
         self._terms.append(grad)
 

@@ -6,14 +6,16 @@ time, and the longer has its rest to do alone,
 
     t_both = f short + (long - short),    f = 1 + (t_both - long) / short
 
-f is 1 where they do not feel each other and 2 where it is as well to run one after the other.
+f is 1 where they do not feel each other and 2 where they might as well run one after the other. Outside of that is
+noise of times that were measured apart.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from statistics import median
+from typing import NamedTuple
 
-from moe.costs import AlphaBeta
 from moe.schedules import COMPUTE, INTER, INTRA
 
 RESOURCES = {"gemm": COMPUTE, "all_to_all": INTER, "all_gather": INTRA}
@@ -22,24 +24,36 @@ RESOURCES = {"gemm": COMPUTE, "all_to_all": INTER, "all_gather": INTRA}
 PAIRS = (("gemm", "all_to_all"), ("gemm", "all_gather"), ("all_gather", "all_to_all"))
 
 
+class Point(NamedTuple):
+    """One measured size: bytes of a collective, multiply-adds of the experts; median seconds of the slowest rank."""
+
+    size: float
+    seconds: float
+
+
+Points = dict[str, list[Point]]
+"""By operation, sizes rising."""
+
+
 def beside(first: str, second: str) -> str:
     """Operation of a profile: both at once, by the size of the first."""
     return f"{first} beside {second}"
 
 
-def contention_of(costs: Mapping[str, AlphaBeta], sizes: Mapping[str, float]) -> dict[tuple[str, str], float]:
-    """Factors for `moe.simulator.simulate`, of the pairs that were measured.
+def contention_of(profiles: Iterable[Mapping[str, Sequence[Point]]]) -> dict[tuple[str, str], float]:
+    """Factors for `moe.simulator.simulate`: the median over profiles and sizes, within 1 and 2.
 
     Args:
-        costs: of the operations, those of a matrix product for one of the experts' two, and of pairs.
-        sizes: of each operation in a layer, in the unit of its cost.
+        profiles: of layers; one that lacks a pair tells nothing of it.
     """
     found = {}
     for first, second in PAIRS:
-        if (pair := beside(first, second)) not in costs:
-            continue
-        alone_s = [costs[name].predict(sizes[name]) for name in (first, second)]
-        alone_s[0] += costs["gemm"].alpha_s if first == "gemm" else 0.0
-        factor = 1 + (costs[pair].predict(sizes[first]) - max(alone_s)) / min(alone_s)
-        found[RESOURCES[first], RESOURCES[second]] = max(1.0, factor)
+        factors = [
+            1 + (both.seconds - max(one.seconds, other.seconds)) / min(one.seconds, other.seconds)
+            for points in profiles
+            if beside(first, second) in points
+            for one, other, both in zip(points[first], points[second], points[beside(first, second)], strict=False)
+        ]
+        if factors:
+            found[RESOURCES[first], RESOURCES[second]] = min(2.0, max(1.0, median(factors)))
     return found

@@ -81,8 +81,7 @@ def sharded_model(layer: RoutedLayer, counts_PE: Counts) -> LayerModel:
     expert_work = float(int(arriving_Nn.sum(1).max()) * layer.expert_weights) / size
     in_node = ring_cost(first_ranks(layer.cluster, size))
     costs = {"all_gather": in_node, "reduce_scatter": in_node, **model.costs}
-    work = replace(model.work, shard_bytes=shard_bytes, expert_work=expert_work)
-    return replace(model, work=work, costs=costs, contention=layer.contention(int(arriving_Nn.max()), size))
+    return replace(model, work=replace(model.work, shard_bytes=shard_bytes, expert_work=expert_work), costs=costs)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from moe.contention import contention_of
 from moe.costs import AlphaBeta
 from moe.exchange_costs import NOTHING, Counts, Exchange, busiest_by_level, cost_of, first_ranks, outside_of, ring_cost
 from moe.schedules import INTER, LayerPlan, LayerWork, Pipeline, Planner, StepPlan, gemm_of, step_tasks
@@ -54,14 +53,15 @@ class RoutedLayer:
         cluster: of the P ranks that share its experts; with costs on every level of more than one group.
         ids_PTK: [P, T, K], the experts that each rank's tokens choose.
         costs: of `outside`, `outside_backward`, `gemm` and, where it was measured, `gemm_backward`; of `all_to_all`
-            among all P ranks, by all bytes that a rank sends, where that was measured; then it stands for the levels';
-            of pairs at once (`moe.contention`) where they were.
+            among all P ranks, by all bytes that a rank sends, where that was measured; then it stands for the levels'.
+        contention: pairs of resources that slow each other, as of `moe.simulator.simulate`.
     """
 
     spec: LayerSpec
     cluster: Cluster
     ids_PTK: NDArray[np.integer]
     costs: Costs
+    contention: Mapping[tuple[str, str], float] = field(default_factory=dict)
 
     @property
     def num_ranks(self) -> int:
@@ -181,19 +181,7 @@ class RoutedLayer:
             dense_backward_s=outside[1],
             gradient_bytes=0,
         )
-        contention = self.contention(most_rows)
-        return LayerModel(work, {**self.costs, "all_to_all": exchange.cost}, contention=contention)
-
-    def contention(self, num_rows: int, shards: int = 1) -> dict[tuple[str, str], float]:
-        """How much the layer's resources slow each other, as far as `costs` know.
-
-        Args:
-            num_rows: of a rank, that travel and are computed.
-            shards: ranks that gather them.
-        """
-        copies_bytes = float(num_rows * self.row_bytes)
-        gathered_bytes, work = shards * copies_bytes, float(num_rows * self.expert_weights)
-        return contention_of(self.costs, {"gemm": work, "all_to_all": copies_bytes, "all_gather": gathered_bytes})
+        return LayerModel(work, {**self.costs, "all_to_all": exchange.cost}, contention=self.contention)
 
 
 @dataclass(frozen=True)
@@ -206,7 +194,7 @@ class LayerModel:
         planner: decides degrees and slices; None: one chunk, gradients in the end.
         pipeline: of its chunks; None: FSMoE's order.
         extras: of a training step, for each layer, behind backward.
-        contention: pairs of resources that slow each other, as of `moe.simulator.simulate`.
+        contention: as of `RoutedLayer`.
     """
 
     work: LayerWork

@@ -14,7 +14,9 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import count
 from pathlib import Path
+from random import Random
 from statistics import median
 from typing import Any
 
@@ -24,7 +26,7 @@ from torch import Tensor
 
 from moe import ops
 from moe.collectives import gather_into, scatter_sums
-from moe.contention import PAIRS, RESOURCES, beside
+from moe.contention import PAIRS, RESOURCES, Point, Points, beside
 from moe.costs import AlphaBeta, fit_alpha_beta
 from moe.errors import ConfigError, Problem
 from moe.expert_passes import ExpertRows, experts_backward, experts_forward
@@ -48,12 +50,15 @@ class Shapes:
     """What is measured.
 
     Args:
-        rows: copies that a rank sends each way.
+        tokens: of a rank.
+        rows: copies that it sends each way.
         model_dim, hidden_dim, num_local: M, H (of a shard where experts are sharded), and experts of a rank.
         activation, dtype: of the experts.
         ranks, shards: of an all-to-all, and that share an expert.
+        gate: of the layer.
     """
 
+    tokens: int
     rows: int
     model_dim: int
     hidden_dim: int
@@ -62,24 +67,13 @@ class Shapes:
     dtype: str
     ranks: int
     shards: int = 1
+    gate: str = ""
 
     @property
     def key(self) -> str:
         """In a file of profiles."""
         return " ".join(f"{name}={value}" for name, value in asdict(self).items())
 
-
-@dataclass(frozen=True)
-class Point:
-    """One measured size: bytes of a collective, multiply-adds of the experts; median seconds of the slowest rank."""
-
-    size: float
-    seconds: float
-
-
-Points = dict[str, list[Point]]
-"""By operation: `all_to_all`, `all_reduce`, with shards `all_gather` and `reduce_scatter`, `gemm`, `gemm_backward`,
-pairs at once (`moe.contention`), and what the layer adds."""
 
 Timed = list[tuple[str, float, Callable[[], Any]]]
 """(operation, size, what to time)."""
@@ -234,7 +228,9 @@ def measure(measuring: Measuring) -> Points:
     names = [(operation, index) for operation, found in steps.items() for index in range(len(found))]
     seconds = torch.zeros(REPEATS, len(names), dtype=torch.float64)
     for turn in range(-WARMUP, REPEATS):
-        for place, (operation, index) in enumerate(names):
+        # In another order each time, the same on all ranks: a shaped link remembers what went before.
+        for place in Random(turn).sample(range(len(names)), len(names)):
+            operation, index = names[place]
             elapsed = _timed(steps[operation][index][1], mesh.device)
             if turn >= 0:
                 seconds[turn, place] = elapsed
@@ -291,15 +287,18 @@ def _steps(
     runner = TaskRunner(mesh.device)
 
     def forward(_later: bool = False) -> None:
-        with runner.room():
-            experts_forward(rows_RM, w_in, w_out, expert_rows, activation)
+        experts_forward(rows_RM, w_in, w_out, expert_rows, activation)
+
+    most = IN_A_ROW if runner.on_cuda else 2
+    calls = count()
 
     def backward() -> None:  # `hidden` is overwritten time and again, by numbers of its own size
-        with runner.room():
-            found = experts_backward(rows_RM, rows_RM, hidden, w_in, w_out, expert_rows, activation)
-        for grad in (found.w_in, found.w_out):  # as much as a chunk more takes; one chunk alone has nothing to add
-            if grad is not None:
-                ops.sum_terms([grad, grad], grad.dtype)
+        found = experts_backward(rows_RM, rows_RM, hidden, w_in, w_out, expert_rows, activation)
+        # What a chunk more takes; one alone has nothing to add. On a GPU one pass adds those of a timing.
+        if next(calls) % (most if runner.on_cuda else 1) == 0:
+            for grad in (found.w_in, found.w_out):
+                if grad is not None:
+                    ops.sum_terms([grad] * most, grad.dtype)
 
     once["gemm"] = work, forward
 
@@ -308,7 +307,8 @@ def _steps(
 
     def at_once(first: str, second: str) -> None:  # the second, which is none of the host's, is issued first
         tasks = [Task(name, RESOURCES[name], MEASURED, 0.0) for name in (second, first)]
-        runner.run(tasks, {name: partial(issue, name) for name in (first, second)}, (0, 1))
+        with runner.room():
+            runner.run(tasks, {name: partial(issue, name) for name in (first, second)}, (0, 1))
 
     made += [(name, size, partial(step, False)) for name, (size, step) in once.items()]
     made += [(beside(a, b), once[a][0], partial(at_once, a, b)) for a, b in PAIRS if a in once and b in once]

@@ -16,6 +16,8 @@ from torch import Tensor
 HAS_TRITON = find_spec("triton") is not None
 MOST_EXPERTS = 1024
 """Of kernels that hold a table of all experts."""
+MOST_TERMS = 4
+"""Of a sum in one pass."""
 
 
 def is_fast(tensor: Tensor) -> bool:
@@ -90,7 +92,7 @@ def sum_terms(terms: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """The sum of tensors of one shape, in float32, rounded once.
 
     Args:
-        terms: at least one, each contiguous.
+        terms: 1 to `MOST_TERMS`, each contiguous.
         dtype: of the result.
 
     Returns:
@@ -98,14 +100,11 @@ def sum_terms(terms: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """
     total, *rest = terms
     if rest and is_fast(total):
-        most = kernels().MOST_TERMS
-        while len(rest) >= most:
-            total, rest = kernels().sum_terms([total, *rest[: most - 1]], torch.float32), rest[most - 1 :]
-        return kernels().sum_terms([total, *rest], dtype)
+        return kernels().sum_terms(terms, dtype)
     if rest:
-        total = total.to(torch.float32, copy=True)
-    for term in rest:
-        total.add_(term)
+        total = total.float() + rest[0]
+    for term in rest[1:]:
+        total += term
     return total.to(dtype)
 
 

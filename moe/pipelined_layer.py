@@ -145,6 +145,7 @@ class PipelinedMoE(MoELayer):
         spec, links = self.spec, self.pipeline.links
         num_ranks, num_shards = links.group.size(), 1 if links.node is None else links.node.size()
         return Shapes(
+            num_tokens,
             max(1, self.gate.most_copies(num_tokens)),
             spec.model_dim,
             spec.hidden_dim // num_shards,
@@ -153,6 +154,7 @@ class PipelinedMoE(MoELayer):
             str(spec.dtype).removeprefix("torch."),
             num_ranks,
             num_shards,
+            type(self.gate).__name__,
         )
 
     def work(self, num_tokens: int) -> LayerWork:

@@ -28,7 +28,8 @@ its handle if it has one."""
 SPARED_MULTIPROCESSORS = 16
 """That matrix products leave to collectives beside them. A product's programs and a collective's both stay on their
 multiprocessors to the end: without room for both, whichever comes second waits for the whole of the other. NCCL takes
-one for each of its channels (2 over the sockets of two H200, where 8, 16 and 32 spared ones gained 11, 17 and 15 %)."""
+one for each of its channels: 2 over the sockets of two H200, where 8, 16 and 32 spared ones were about as good (seen
+once, no file here). Between GPUs of one node it has more, and this number is not tuned for them."""
 
 
 @contextmanager
@@ -153,7 +154,7 @@ class TaskRunner:
         ends: list[torch.cuda.Event] = []
         for stream in self._streams.values():
             stream.wait_stream(current)
-        overlapped = sum(task.resource == COMPUTE for task in tasks) > 1
+        overlapped = sum(task.resource == COMPUTE for task in tasks) > 1 or any(t.kind == "all_reduce" for t in tasks)
         for task in tasks:
             with self._on(task), self.room() if overlapped else nullcontext():
                 stream = torch.cuda.current_stream()

@@ -24,7 +24,7 @@ SAVE_S = 120
 """Seconds before a job's limit at which it is told to save; Slurm may be a minute early."""
 SBATCH_VARIABLES = {"time": "SBATCH_TIMELIMIT", "mem": "SBATCH_MEM_PER_NODE"}
 """Options of sbatch whose environment variable is not SBATCH_<NAME>."""
-ACCESS = ("SLURM_CONF", "SLURM_JWT")
+ACCESS = ("SLURM_CLUSTERS", "SLURM_CONF", "SLURM_JWT")
 """How Slurm is reached."""
 PLACE = ("ACCOUNT", "CLUSTERS", "CONSTRAINT", "EXPORT", "PARTITION", "QOS", "RESERVATION", "TIMELIMIT", "WCKEY")
 """SBATCH_ variables that say where jobs run, for whom and how long, and nothing of their size."""

@@ -126,7 +126,7 @@ class Biased(TopKGate):
         return 3 * self.own_E
 
 
-@pytest.mark.parametrize("num_terms", [1, 2, 3, 4, 5, 9])
+@pytest.mark.parametrize("num_terms", [1, 2, 3, 4])
 @pytest.mark.parametrize("out", [torch.float32, torch.bfloat16])
 def test_sums_of_tensors_round_once(on_kernels: None, num_terms: int, out: torch.dtype) -> None:
     terms = [normal(3, 1000, dtype=torch.bfloat16, seed=seed) for seed in range(num_terms)]

@@ -200,7 +200,10 @@ def test_force_starts_anew(start: Start) -> None:
     assert start("force=true") == ["a", "b", "c"]
 
 
-@pytest.mark.parametrize(("place", "name"), [(provenance, "hardware"), (bench_run, "sources_sha256")])
+@pytest.mark.parametrize(
+    ("place", "name", "other"),
+    [(provenance, "hardware", {"cpu": "another"}), (bench_run, "sources_sha256", "other")],
+)
 def test_other_code_or_another_machine_starts_anew(
     start: Start,
     tmp_path: Path,
@@ -208,13 +211,21 @@ def test_other_code_or_another_machine_starts_anew(
     capsys: pytest.CaptureFixture[str],
     place: Any,
     name: str,
+    other: Any,
 ) -> None:
     start(stop_after=1, code=EXIT_INTERRUPTED)
-    monkeypatch.setattr(place, name, lambda: "other")
+    monkeypatch.setattr(place, name, lambda: other)
     assert start() == ["a", "b", "c"]
     folder = folder_in(tmp_path)
     assert f"{folder} was begun with other {name}: it starts anew" in capsys.readouterr().out
     assert "earlier_starts" not in RunDir(folder).read_manifest()
+
+
+def test_a_node_with_a_few_bytes_less_goes_on(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    start(stop_after=1, code=EXIT_INTERRUPTED)
+    here = provenance.hardware()
+    monkeypatch.setattr(provenance, "hardware", lambda: here | {"memory_bytes": here["memory_bytes"] - 4096})
+    assert start() == ["b", "c"]
 
 
 def test_another_commit_of_the_same_code_goes_on(start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ from pydantic import Field
 from analysis.comparison import Comparison
 from analysis.ledger.evidence import Evidence, Statistic
 from analysis.ledger.results import Results, Unusable
-from analysis.statistics import Interval, bootstrap_mean_ratio, bootstrap_median, over_seeds
+from analysis.statistics import Interval, bootstrap_mean_ratio, over_seeds
 from analysis.swiftmoe_numbers import findings_of, ratio_name
 from analysis.target_loss import why_missed
 
@@ -117,7 +117,7 @@ class Replicas(_Compared):
 
 
 class PartShare(_Compared):
-    """Share of a step that parts of it take, in per cent: median over the timed rounds."""
+    """Share of a step that parts of it take, in per cent: medians over the timed rounds, each seed by itself."""
 
     statistic: Literal["part_share"]
     parts: list[str] = Field(min_length=1)
@@ -125,15 +125,16 @@ class PartShare(_Compared):
     def evidence(self, results: Results) -> Evidence:
         """See `Statistic`."""
         path, comparison = self._read_one(results)
-        key = ["seed", "round"]
         parts, steps = comparison.timed("part_time"), comparison.timed("step_time")
         parts = parts[(parts["system"] == self.system) & parts["part"].isin(self.parts)]
         if set(parts["part"]) != set(self.parts):
             raise Unusable(f"{self.system} has no times of {', '.join(sorted(set(self.parts) - set(parts['part'])))}")
-        steps = steps[steps["system"] == self.system].set_index(key)["value"]
-        shares = (100 * parts.groupby(key)["value"].sum() / steps).dropna()
-        interval = bootstrap_median(shares.to_numpy(), list(shares.index.get_level_values("seed")))
-        return Evidence(interval, comparison.kind, results.timed_on(path), tuple(comparison.notes))
+        steps_s = steps[steps["system"] == self.system].groupby("seed")["value"].median()
+        parts_s = parts.groupby(["seed", "part"])["value"].median().groupby("seed").sum()
+        shares = (100 * parts_s / steps_s).dropna()
+        if sorted(shares.index) != sorted(self.seeds):
+            raise Unusable(f"{self.system} was not timed with every seed")
+        return Evidence(over_seeds(shares.to_numpy()), comparison.kind, results.timed_on(path), tuple(comparison.notes))
 
 
 class HarnessShare(_Compared):

@@ -12,10 +12,9 @@ from moe.kernels.replicas import copy_to_replicas, sum_replicas, take_turns
 from moe.kernels.route import route, route_backward
 from moe.kernels.rows import gather_rows, sum_copies, weighted_sum_backward
 from moe.kernels.sort import count_choices, sort_by_expert
-from moe.kernels.sums import MOST_TERMS, sum_terms
+from moe.kernels.sums import sum_terms
 
 __all__ = [
-    "MOST_TERMS",
     "LocalRows",
     "activate",
     "activate_backward_",

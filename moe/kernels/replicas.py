@@ -128,11 +128,11 @@ def _sum_replicas(
     OUT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    row = tl.program_id(1).to(tl.int64)
+    row = tl.program_id(0).to(tl.int64)
     shard = tl.load(order + row)
     run = runs + shard // N * 2
     first, num_slots = tl.load(run), tl.load(run + 1)
-    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     number = shard % N * F + column
     inside = column < F
     total = tl.zeros([BLOCK], tl.float32)
@@ -171,7 +171,7 @@ def sum_replicas(
         in_size, out_size = grads_in[0].numel(), grads_out[0].numel()
         launch(
             _sum_replicas,
-            (triton.cdiv(size, _BLOCK), len(order_R)),
+            (len(order_R), triton.cdiv(size, _BLOCK)),
             (grads_in, grads_out, order_R, runs_G2, sums_RF),
             constants=(num_shards, size, in_size, out_size, _BLOCK),
         )

@@ -9,10 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moe import ops
 from moe.kernels.launch import launch
-
-MOST_TERMS = 4
-"""Of one pass."""
 
 _BLOCK = 2048
 
@@ -31,10 +29,10 @@ def _sum_terms(out, first, second, third, fourth, size, NUM: tl.constexpr, BLOCK
 
 
 def sum_terms(terms: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """As `moe.ops.sum_terms`, of 2 to `MOST_TERMS` contiguous ones."""
+    """As `moe.ops.sum_terms`, of at least 2."""
     out = torch.empty_like(terms[0], dtype=dtype)
     if out.numel():
-        padded = (*terms, *[terms[0]] * (MOST_TERMS - len(terms)))
+        padded = (*terms, *[terms[0]] * (ops.MOST_TERMS - len(terms)))
         grid = (triton.cdiv(out.numel(), _BLOCK),)
         launch(_sum_terms, grid, (out, *padded), (out.numel(),), (len(terms), _BLOCK), num_warps=8)
     return out
