@@ -85,7 +85,15 @@ def test_a_resumed_run_keeps_the_replicas_of_its_earlier_start(
 
 def test_a_swiftmoe_run_records_the_replicas_that_its_tokens_called_for(config: Configure) -> None:
     """Each step's by what all tokens of the step before it chose: the scheduler's rule, seen in the files of a run."""
-    run_dir = train(config("system=swiftmoe", "model.top_k=1", "model.capacity_factor=1.0", "trainer.max_steps=8"))
+    run_dir = train(
+        config(
+            "system=swiftmoe",
+            "system.slots_per_rank=32",
+            "model.top_k=1",
+            "model.capacity_factor=1.0",
+            "trainer.max_steps=8",
+        )
+    )
     routing = run_dir.read_routing()
     assert routing is not None
     copies_SLE, replicas_SLE = routing["dispatch_counts"].sum(2), routing["replica_counts"]
