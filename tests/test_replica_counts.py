@@ -88,7 +88,7 @@ def test_a_swiftmoe_run_records_the_replicas_that_its_tokens_called_for(config: 
     run_dir = train(
         config(
             "system=swiftmoe",
-            "system.slots_per_rank=32",
+            "system.slots_per_rank=16",
             "model.top_k=1",
             "model.capacity_factor=1.0",
             "trainer.max_steps=8",
