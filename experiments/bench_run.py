@@ -70,7 +70,7 @@ class BenchRun:
 
         Args:
             target: `package.module:function` of (payload, rank_info).
-            payload: JSON-able; `config` is added.
+            payload: JSON-able; `config` and `folder` are added.
             timeout_s: longest wait of one collective.
             keep: go on from the journal of an earlier start, if that had the same code and machine.
 
@@ -84,7 +84,7 @@ class BenchRun:
         try:
             value = run_ranks(
                 target,
-                {"config": config.model_dump(mode="json"), **payload},
+                {"config": config.model_dump(mode="json"), "folder": str(self.dir.path), **payload},
                 num_ranks=config.cluster.world_size,
                 ranks_per_node=config.cluster.levels[0].fanout,
                 launch=config.cluster.launch,

@@ -20,6 +20,7 @@ from experiments.data import BatchStream, prepare
 from experiments.layer_bench import STAGE_ROUNDS
 from experiments.model import DTYPES, GPT, build_gpt, layer_spec
 from experiments.optimizer import build_optimizer, lr_factor
+from experiments.progress_log import Phase, phases_of
 from experiments.ranks import RankInfo
 from experiments.results import RunDir
 from experiments.samples import SampleWriter
@@ -49,9 +50,10 @@ def time_training(payload: dict[str, Any], info: RankInfo) -> list[list[Any]] | 
     """Time every system under every seed, in this rank.
 
     Args:
-        payload: `config`: of the comparison; `failed`: systems that failed to train, by label, and how: not timed,
-            because what fails may take the ranks down with it; `run_dirs`: folders of the training runs, in the order
-            of `config.runs()`, whose newest checkpoints are timed under `timing.weights=trained`.
+        payload: `config`: of the comparison; `folder`: of this benchmark; `failed`: systems that failed to train, by
+            label, and how: not timed, because what fails may take the ranks down with it; `run_dirs`: folders of the
+            training runs, in the order of `config.runs()`, whose newest checkpoints are timed under
+            `timing.weights=trained`.
         info: of this rank.
 
     Returns:
@@ -62,11 +64,12 @@ def time_training(payload: dict[str, Any], info: RankInfo) -> list[list[Any]] | 
     mesh = create_mesh(cluster_from(config.cluster), info.device)
     rows: list[list[Any]] = []
     run_dirs = [RunDir(path) for path in payload["run_dirs"]]
+    tell = phases_of(Path(payload["folder"]), info.rank)
     for seed in config.seeds:
         if stop_agreed(info):
             return None
         cells = [(run, where) for run, where in zip(config.runs(), run_dirs, strict=True) if run.seed == seed]
-        rows += _time_seed(cells, config, mesh, payload["failed"])
+        rows += _time_seed(cells, config, mesh, payload["failed"], tell)
         if info.rank == 0:
             labels = ", ".join(run.system.label for run, _ in cells)
             print(f"timed in turn, seed {seed}, {config.timing.weights} weights: {labels}", flush=True)
@@ -74,7 +77,11 @@ def time_training(payload: dict[str, Any], info: RankInfo) -> list[list[Any]] | 
 
 
 def _time_seed(
-    cells: list[tuple[RunConfig, RunDir]], config: CompareConfig, mesh: Mesh, failed: dict[str, str]
+    cells: list[tuple[RunConfig, RunDir]],
+    config: CompareConfig,
+    mesh: Mesh,
+    failed: dict[str, str],
+    tell: Callable[[Phase], None],
 ) -> list[list[Any]]:
     writers, trainees = [], []
     expected: Observed | None = None
@@ -112,7 +119,9 @@ def _time_seed(
                 _add_errors(writer, observed, expected, mesh)
         writers.append(writer)
     timing, steps = config.timing, {trainee.writer.key[0]: trainee.step for trainee in trainees}
-    times = interleave(steps, timing.rounds, timing.warmup, mesh.device, timing.steps_per_round)
+    turns = (timing.rounds, timing.warmup, mesh.device, timing.steps_per_round)
+    times = interleave(steps, *turns, after_round=lambda: tell("training"))
+    tell("starting")
     for trainee in trainees:
         trainee.writer.add("step_time", times[trainee.writer.key[0]], "s")
         trainee.writer.add("trained_steps", [trainee.trained_steps], "steps", config.timing.weights)

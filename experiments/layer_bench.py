@@ -17,6 +17,7 @@ from experiments.config import LayerRunConfig, LayerShape, WorkloadConfig, clust
 from experiments.floor import floor_step
 from experiments.kernel_profile import add_kernels
 from experiments.model import DTYPES
+from experiments.progress_log import Phase, phases_of
 from experiments.ranks import RankInfo
 from experiments.samples import SampleRow, SampleWriter, append_samples, read_samples
 from experiments.timing import (
@@ -90,7 +91,7 @@ def measure(payload: dict[str, Any], info: RankInfo) -> list[list[Any]] | None:
     journal = Path(payload["journal"])
     told = [read_samples(journal) if info.rank == 0 else {}]
     dist.broadcast_object_list(told, src=0, device=info.device)
-    measured = told[0]
+    measured, tell = told[0], phases_of(journal.parent, info.rank)
     # Kernels after all timed rounds: a CUDA profiler that once was on may slow every launch of its process.
     for what in (TIMES, KERNELS) if config.profile else (TIMES,):
         for shape in config.shapes:
@@ -100,7 +101,10 @@ def measure(payload: dict[str, Any], info: RankInfo) -> list[list[Any]] | None:
             if stop_agreed(info):
                 return None
             case = build_case(config, shape, mesh)
-            rows = measure_case(case, systems, mesh, config) if what == TIMES else profile_case(case, systems, mesh)
+            if what == TIMES:
+                rows = measure_case(case, systems, mesh, config, tell)
+            else:
+                rows = profile_case(case, systems, mesh)
             measured[key] = [list(row) for row in rows]
             if info.rank == 0:
                 append_samples(journal, key, rows)
@@ -136,7 +140,13 @@ def workload_name(workload: WorkloadConfig) -> str:
     return f"zipf {workload.exponent}" if workload.kind == "zipf" else workload.kind
 
 
-def measure_case(case: Case, systems: dict[str, System], mesh: Mesh, config: LayerRunConfig) -> list[SampleRow]:
+def measure_case(
+    case: Case,
+    systems: dict[str, System],
+    mesh: Mesh,
+    config: LayerRunConfig,
+    tell: Callable[[Phase], None] = lambda _phase: None,
+) -> list[SampleRow]:
     """Measure every system on one case. Collective.
 
     Args:
@@ -144,6 +154,7 @@ def measure_case(case: Case, systems: dict[str, System], mesh: Mesh, config: Lay
         systems: by the name that results carry.
         mesh: of the run.
         config: says the rounds of the interleaved timing, and whether each is compared with the dense oracle.
+        tell: notes what is done, see `experiments.progress_log.phases_of`.
 
     Returns:
         For every system its step_time, floor_time (of `experiments.floor`, in the same rounds), stage_time, bytes,
@@ -165,7 +176,9 @@ def measure_case(case: Case, systems: dict[str, System], mesh: Mesh, config: Lay
             rows += writer.rows
     steps = {candidate.writer.key[0]: candidate.step for candidate in candidates}
     steps[FLOOR] = floor_step(case.spec, case.ids_TK, mesh)
-    times = interleave(steps, config.rounds, config.warmup, mesh.device, config.steps_per_round)
+    turns = (config.rounds, config.warmup, mesh.device, config.steps_per_round)
+    times = interleave(steps, *turns, after_round=lambda: tell("training"))
+    tell("starting")
     for candidate in candidates:
         candidate.writer.add("floor_time", times[FLOOR], "s")
         candidate.writer.add("step_time", times[candidate.writer.key[0]], "s")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -48,6 +49,21 @@ class ProgressLog:
         except OSError as error:
             raise write_error(self.path, error) from error
         self._last = line
+
+
+def phases_of(folder: Path, rank: int) -> Callable[[Phase], None]:
+    """Notes what a benchmark, which takes no optimizer steps, does: `training` after each timed round, and `starting`
+    behind the last one, since the next shape's rounds may take any time. Rank 0 does it.
+
+    Args:
+        folder: of the run; it must exist.
+        rank: this one.
+    """
+    if rank != 0:
+        return lambda _phase: None
+    log = ProgressLog(folder)
+    log.note(0, "starting")
+    return lambda phase: log.note(0, phase)
 
 
 def read_progress(folder: Path) -> list[Line]:

@@ -26,7 +26,12 @@ Step = Callable[[], None]
 
 
 def interleave(
-    steps: Mapping[str, Step], rounds: int, warmup: int, device: torch.device, steps_per_round: int = 1
+    steps: Mapping[str, Step],
+    rounds: int,
+    warmup: int,
+    device: torch.device,
+    steps_per_round: int = 1,
+    after_round: Callable[[], None] = lambda: None,
 ) -> dict[str, list[float]]:
     """Time candidates in turn, in a new random order every round, so that a drift of the machine meets all alike and
     none always follows the same other. Collective.
@@ -37,6 +42,7 @@ def interleave(
         warmup: rounds before them that do not count.
         device: synchronised before and after a candidate's turn when it is a GPU.
         steps_per_round: steps of one turn, without a wait in between: with one, every step begins on an idle GPU.
+        after_round: called after each, outside of what is timed.
 
     Returns:
         Seconds of a step in the slowest rank, one per round, by name.
@@ -49,6 +55,7 @@ def interleave(
             elapsed = _timed(steps[names[index]], steps_per_round, device)
             if turn >= 0:
                 seconds[index, turn] = elapsed
+        after_round()
     worst = over_ranks(seconds, dist.ReduceOp.MAX, device)
     return {name: worst[index].tolist() for index, name in enumerate(names)}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from math import isnan, nan
 from pathlib import Path
@@ -12,10 +13,11 @@ import pytest
 
 import analysis.layer
 from analysis.load import load_samples
-from experiments import bench_run, layer, layer_bench, provenance
+from experiments import bench_run, layer, layer_bench, progress_log, provenance
 from experiments.bench_run import sources_sha256
 from experiments.cli import EXIT_FAILED, EXIT_INTERRUPTED
 from experiments.launch import RankFailure, run_ranks
+from experiments.progress_log import Line
 from experiments.results import ResultsWriteError, RunDir
 from experiments.samples import append_samples, read_samples
 from tests.tiny import ONE_RANK, TWO_RANKS, run_ranks_here
@@ -193,6 +195,16 @@ def test_a_stop_before_the_first_shape_leaves_no_samples(start: Start, tmp_path:
     assert start(stop_after=0, code=EXIT_INTERRUPTED) == []
     assert load_samples(folder_in(tmp_path)).status == "interrupted"
     assert start() == ["a", "b", "c"]
+
+
+def test_rounds_are_told_to_whoever_watches(start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress_log, "EVERY_S", 0.0)
+    start()
+    texts = (folder_in(tmp_path) / progress_log.FILE).read_text().splitlines()
+    phases = [Line(**json.loads(text)).phase for text in texts]
+    a_shape = ["training"] * 3 + ["starting"]  # two rounds behind one to warm up
+    assert phases == ["starting", *a_shape * 3]
+    assert {Line(**json.loads(text)).step for text in texts} == {0}
 
 
 def test_force_starts_anew(start: Start) -> None:

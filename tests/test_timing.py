@@ -62,7 +62,11 @@ def test_candidates_take_turns_in_an_order_of_each_rounds_own(monkeypatch: pytes
         return take
 
     names, rounds, warmup = "abc", 20, 2
-    seconds = interleave({name: step(name) for name in names}, rounds, warmup, CPU)
+    told: list[int] = []
+    seconds = interleave(
+        {name: step(name) for name in names}, rounds, warmup, CPU, after_round=lambda: told.append(len(names))
+    )
+    assert len(told) == rounds + warmup
     orders = ["".join(taken[start : start + 3]) for start in range(0, len(taken), 3)]
     assert len(orders) == warmup + rounds
     assert {"".join(sorted(order)) for order in orders} == {names}  # each once a round
