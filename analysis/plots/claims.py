@@ -12,6 +12,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from analysis.ledger.verdicts import NOT_REPRODUCED, NOT_TESTED, PARTLY, REPRODUCED, Verdict
+from analysis.plots.rows import number_beside
 from analysis.style import GREY, PAGE_INCHES, PALE, SMALL_POINTS, caption, legend, new_figure, panel
 from analysis.tables import with_interval
 
@@ -92,15 +93,7 @@ def _draw(axes: Axes, rows: Sequence[Verdict]) -> None:
         low, high = _ends(row)
         axes.plot([low, high], [at, at], color=colour, linewidth=1.4, solid_capstyle="butt", zorder=3)
         axes.plot(row.interval.value, at, marker, color=colour, ms=_size(marker), zorder=4, **_POINT)
-        axes.annotate(
-            with_interval(row.interval),
-            (1, at),
-            xycoords=axes.get_yaxis_transform(),
-            xytext=(4, 0),
-            textcoords="offset points",
-            va="center",
-            fontsize=SMALL_POINTS,
-        )
+        number_beside(axes, at, with_interval(row.interval))
     axes.set_xlim(left, right)
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.tick_params(axis="y", length=0)

@@ -6,8 +6,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from analysis.comparison import Comparison
-from analysis.plots.rows import ROW_INCHES, no_number, system_rows, timed, where
-from analysis.style import SMALL_POINTS, STAGE_COLOURS, caption, legend, new_figure, panel
+from analysis.plots.rows import ROW_INCHES, no_number, number_beside, system_rows, timed, where
+from analysis.style import STAGE_COLOURS, caption, legend, new_figure, panel
 from analysis.tables import significant
 from analysis.topology_table import COMMUNICATION, COMPUTATION, stage_interval
 
@@ -45,15 +45,7 @@ def communication_figure(comparison: Comparison) -> Figure:
             left += value
             numbers.append(significant(value, 3))
         if left:
-            axes.annotate(
-                " + ".join(numbers),
-                (1, row),
-                xycoords=axes.get_yaxis_transform(),
-                xytext=(3, 0),
-                textcoords="offset points",
-                va="center",
-                fontsize=SMALL_POINTS,
-            )
+            number_beside(axes, row, " + ".join(numbers))
         else:
             told = [f"{problem.status}: {problem.reason}" for problem in comparison.problems_of(system, "samples")]
             no_number(axes, row, told[0] if told else "its stages were not timed", 40)

@@ -52,6 +52,19 @@ def no_number(axes: Axes, row: int, reason: str, length: int = 52) -> None:
     )
 
 
+def number_beside(axes: Axes, row: float, number: str) -> None:
+    """Write a row's number to the right of its panel."""
+    axes.annotate(
+        number,
+        (1, row),
+        xycoords=axes.get_yaxis_transform(),
+        xytext=(4, 0),
+        textcoords="offset points",
+        va="center",
+        fontsize=SMALL_POINTS,
+    )
+
+
 def partial(summary: pd.DataFrame, systems: Sequence[str], metric: str) -> str:
     """A sentence naming the systems whose number rests on fewer seeds or rounds than planned; "" when none does."""
     told = []
