@@ -14,7 +14,7 @@ from methods.swiftmoe_slots import SlotExperts
 from moe import ops
 from moe.flat_experts import FlatExperts
 from moe.replica_gate import take_turns
-from moe.system import LayerSpec
+from moe.system import Activation, LayerSpec
 from tests.lone import lone_mesh
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -87,11 +87,11 @@ def test_replicas_gradients_are_summed_where_they_are_sent_from(
     reduced: torch.dtype,
     model_dim: int,
     hidden_dim: int,
-    activation: str,
+    activation: Activation,
 ) -> None:
     """On every rank, against sums in float64, also where an expert's numbers do not go into its shards."""
     for dtype in (torch.float32, torch.bfloat16):
-        spec = LayerSpec(model_dim, hidden_dim, len(table.counts), 1, activation, dtype=dtype)  # type: ignore[arg-type]
+        spec = LayerSpec(model_dim, hidden_dim, len(table.counts), 1, activation, dtype=dtype)
         for rank in range(table.num_slots // table.slots_per_rank):
             for fast in (True, False):
                 monkeypatch.setattr(ops, "is_fast", lambda _tensor, fast=fast: fast)
