@@ -3,7 +3,6 @@ folder, its launch, its status."""
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -16,15 +15,8 @@ from experiments.results import RunDir, now, write_table
 from experiments.samples import SampleRow, footer_of
 from moe.errors import SuiteError
 
-SOURCES = ("moe", "baselines", "methods", "experiments")
 OF_ONE_START = ("git", "started", "ended")
 """Keys of manifest.json in which a start may differ from the one that it goes on from; `sources_sha256` is the code."""
-
-
-def sources_sha256() -> str:
-    """Hash of the code that measures, which tells two states of a changed checkout apart; no docs, tests, analysis."""
-    files = [path for folder in SOURCES for path in sorted((provenance.REPOSITORY / folder).rglob("*.py"))]
-    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
 
 
 def _alike(part: Any) -> Any:
@@ -49,11 +41,6 @@ class BenchRun:
     def samples_path(self) -> Path:
         """Every value of every round."""
         return self.dir.path / "samples.parquet"
-
-    @property
-    def journal_path(self) -> Path:
-        """What is measured of a layer benchmark that is not complete: see `experiments.samples.append_samples`."""
-        return self.dir.path / "samples.jsonl"
 
     def must_run(self, force: bool) -> bool:
         """False, with a line that says so, when the run is complete already: done, and no system failed in it."""
@@ -107,8 +94,8 @@ class BenchRun:
         config, earlier = self.config, self.dir.read_manifest()
         cluster, seed = config.cluster.model_dump(mode="json"), getattr(config, "seed", 0)
         manifest = provenance.manifest(run_id(config), seed, cluster, started=now())
-        manifest["sources_sha256"] = sources_sha256()
-        begun = keep and self.journal_path.exists()
+        manifest["sources_sha256"] = provenance.sources_sha256()
+        begun = keep and self.dir.journal.exists()
         told = manifest.keys() - set(OF_ONE_START)
         changed = [key for key in manifest if key in told and _alike(manifest[key]) != _alike(earlier.get(key))]
         if begun and not changed:
@@ -128,7 +115,7 @@ class BenchRun:
         told = [row for row in map(SampleRow._make, rows) if row.metric == "status"]
         failed = {row.system: row.part for row in told if not (row.part.startswith("refused") or row.system in known)}
         self.dir.set_status("done", "; ".join(f"{system} {part}" for system, part in failed.items()))
-        self.journal_path.unlink(missing_ok=True)
+        self.dir.journal.unlink(missing_ok=True)
 
     def write_table(self, rows: Sequence[Sequence[Any]]) -> None:
         """Write samples.parquet, and no status."""

@@ -30,9 +30,9 @@ def main(config: LayerRunConfig, overrides: list[str]) -> None:
     config = with_costs(config, overrides)
     run = BenchRun(config, overrides)
     if run.must_run(config.force):
-        target, payload = "experiments.layer_bench:measure", {"journal": str(run.journal_path)}
+        target = "experiments.layer_bench:measure"
         try:
-            rows = run.launch(target, payload, timeout_s=COLLECTIVE_TIMEOUT_S, keep=not config.force)
+            rows = run.launch(target, {}, timeout_s=COLLECTIVE_TIMEOUT_S, keep=not config.force)
         except SuiteError:
             if is_main_process():
                 _write_part(run, config)
@@ -52,7 +52,7 @@ def _summarise(run: BenchRun, config: LayerRunConfig) -> pd.DataFrame:
 
 def _write_part(run: BenchRun, config: LayerRunConfig) -> None:
     """Write what was measured before a stop, with a status row for each system under each other shape, and tell it."""
-    measured, status = read_samples(run.journal_path), run.dir.status()
+    measured, status = read_samples(run.dir.journal), run.dir.status()
     lacking = [shape.name for shape in config.shapes if (TIMES, shape.name) not in measured]
     if not measured or status is None:
         return

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from experiments.kernel_profile import add_kernels
 from experiments.model import DTYPES
 from experiments.progress_log import Phase, phases_of
 from experiments.ranks import RankInfo
+from experiments.results import RunDir
 from experiments.samples import SampleRow, SampleWriter, append_samples, read_samples
 from experiments.timing import (
     Observed,
@@ -78,7 +78,7 @@ def measure(payload: dict[str, Any], info: RankInfo) -> list[list[Any]] | None:
     """Measure every shape that the journal lacks, in this rank; rank 0 adds each to the journal as soon as it is there.
 
     Args:
-        payload: `config`: of the run; `journal`: rank 0's file of `experiments.samples.append_samples`.
+        payload: `config`: of the run; `folder`: rank 0's, with its journal.
         info: of this rank.
 
     Returns:
@@ -88,7 +88,7 @@ def measure(payload: dict[str, Any], info: RankInfo) -> list[list[Any]] | None:
     assert isinstance(config, LayerRunConfig)
     mesh = create_mesh(cluster_from(config.cluster), info.device)
     systems = {s.label: registry.create(s.name, s.options) for s in config.systems}
-    journal = Path(payload["journal"])
+    journal = RunDir(payload["folder"]).journal
     told = [read_samples(journal) if info.rank == 0 else {}]
     dist.broadcast_object_list(told, src=0, device=info.device)
     measured, tell = told[0], phases_of(journal.parent, info.rank)

@@ -16,6 +16,7 @@ from experiments.join import ranks_here
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 LOCK = REPOSITORY / "requirements" / "lock.txt"
+SOURCES = ("moe", "baselines", "methods", "experiments")
 PACKAGES = (
     "torch",
     "lightning",
@@ -87,6 +88,12 @@ def versions() -> dict[str, str]:
 def lock_sha256(path: Path = LOCK) -> str | None:
     """Hash of the lock file that the environment was installed from, None without one."""
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else None
+
+
+def sources_sha256() -> str:
+    """Hash of the code that measures, which tells two states of a changed checkout apart; no docs, tests, analysis."""
+    files = [path for folder in SOURCES for path in sorted((REPOSITORY / folder).rglob("*.py"))]
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
 
 
 def hardware() -> dict[str, Any]:

@@ -197,6 +197,11 @@ class RunDir:
         return self.path / "logs"
 
     @property
+    def journal(self) -> Path:
+        """What is measured of a layer benchmark that is not complete: see `experiments.samples.append_samples`."""
+        return self.path / "samples.jsonl"
+
+    @property
     def checkpoints(self) -> Path:
         """Folder of the checkpoints, `step_<n>/` each."""
         return self.path / "checkpoints"

@@ -43,8 +43,8 @@ COLLECTIVE_TIMEOUT_S = 600.0
 
 def saved(run: RunDir) -> int:
     """Optimizer steps that a stopped run need not take again, or shapes that a stopped benchmark has measured."""
-    status, journal = run.status(), run.path / "samples.jsonl"
-    shapes = journal.read_bytes().count(b"\n{") if journal.exists() else 0
+    status = run.status()
+    shapes = run.journal.read_bytes().count(b"\n{") if run.journal.exists() else 0
     return shapes + (0 if status is None else status.step)
 
 

@@ -75,10 +75,11 @@ SYSTEMS = {**registry.discover(), "broken": Broken, "hungry": Hungry, "keeping":
 def measure(payload: dict[str, Any], info: RankInfo) -> dict[str, Any]:
     """Sample rows of every config in `payload["configs"]`, by name; `ranks_agree`; `interleaved` seconds."""
     with mock.patch.object(registry, "discover", return_value=SYSTEMS):
-        rows = {
-            name: layer_bench.measure({"config": config, "journal": str(info.stop_file.with_name(name))}, info)
-            for name, config in payload["configs"].items()
-        }
+        rows = {}
+        for name, config in payload["configs"].items():
+            folder = info.stop_file.with_name(name)
+            folder.mkdir(exist_ok=True)
+            rows[name] = layer_bench.measure({"config": config, "folder": str(folder)}, info)
     gathered: list[Any] = [None] * info.world_size
     dist.all_gather_object(gathered, repr(rows))
     agree = all(told == gathered[0] for told in gathered)

@@ -360,7 +360,7 @@ def test_an_oracle_that_fails_only_costs_the_comparison(
 def test_a_stop_between_shapes_ends_the_benchmark(command: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layer_bench, "stop_agreed", lambda info: True)
     config = load_layer(compose("layer", [*BASE, ONE_RANK, "systems=[flat]"]))
-    arguments = {"config": config.model_dump(mode="json"), "journal": str(command / "samples.jsonl")}
+    arguments = {"config": config.model_dump(mode="json"), "folder": str(command)}
     value = run_ranks_here("experiments.layer_bench:measure", arguments, num_ranks=1, log_dir=command)
     assert value is None
 

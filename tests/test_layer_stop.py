@@ -14,10 +14,10 @@ import pytest
 import analysis.layer
 from analysis.load import load_samples
 from experiments import bench_run, layer, layer_bench, progress_log, provenance
-from experiments.bench_run import sources_sha256
 from experiments.cli import EXIT_FAILED, EXIT_INTERRUPTED
 from experiments.launch import RankFailure, run_ranks
 from experiments.progress_log import Line
+from experiments.provenance import sources_sha256
 from experiments.results import ResultsWriteError, RunDir
 from experiments.samples import append_samples, read_samples
 from tests.tiny import ONE_RANK, TWO_RANKS, run_ranks_here
@@ -35,7 +35,7 @@ Start = Callable[..., list[str]]
 @pytest.fixture(autouse=True)
 def undisturbed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the figure, which takes longer than all the rest; and whoever edits the sources meanwhile may do so."""
-    monkeypatch.setattr(bench_run, "sources_sha256", lambda: "0" * 64)
+    monkeypatch.setattr(provenance, "sources_sha256", lambda: "0" * 64)
     monkeypatch.setattr(analysis.layer, "stages_figure", lambda *_arguments: None)
     monkeypatch.setattr(analysis.layer, "save", lambda *_arguments: None)
 
@@ -213,20 +213,19 @@ def test_force_starts_anew(start: Start) -> None:
 
 
 @pytest.mark.parametrize(
-    ("place", "name", "other"),
-    [(provenance, "hardware", {"cpu": "another"}), (bench_run, "sources_sha256", "other")],
+    ("name", "other"),
+    [("hardware", {"cpu": "another"}), ("sources_sha256", "other")],
 )
 def test_other_code_or_another_machine_starts_anew(
     start: Start,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-    place: Any,
     name: str,
     other: Any,
 ) -> None:
     start(stop_after=1, code=EXIT_INTERRUPTED)
-    monkeypatch.setattr(place, name, lambda: other)
+    monkeypatch.setattr(provenance, name, lambda: other)
     assert start() == ["a", "b", "c"]
     folder = folder_in(tmp_path)
     assert f"{folder} was begun with other {name}: it starts anew" in capsys.readouterr().out

@@ -230,7 +230,7 @@ def test_measured_shapes_of_a_benchmark_are_saved(tmp_path: Path) -> None:
     assert saved(run) == 0
     run.path.mkdir()
     for shape in ("a", "b"):
-        append_samples(run.path / "samples.jsonl", ["times", shape], [])
+        append_samples(run.journal, ["times", shape], [])
     assert saved(run) == 2
 
 
