@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from moe import ops
 from moe.chunk_travel import Links, travel
-from moe.chunks import Chunks, Queues, reordered
+from moe.chunks import Chunks, Queues
 from moe.expert_passes import ExpertRows, experts_backward, experts_forward
 from moe.experts import GroupedExperts
 from moe.schedules import COMPUTE, LayerPlan, LayerWork, Pipeline
@@ -70,6 +71,7 @@ class ExpertPipeline(nn.Module):
     def __init__(self, experts: GroupedExperts, links: Links, pipeline: Pipeline, runner: TaskRunner) -> None:
         super().__init__()
         self.experts, self.links, self.pipeline, self.runner = experts, links, pipeline, runner
+        self._tasks = lru_cache(maxsize=64)(self._written)
 
     def forward(self, copies_SM: Tensor, call: Call) -> Tensor:
         """Copies [S, M], in the chunks of the forward pass, to their experts' outputs [S, M]. Collective."""
@@ -77,7 +79,7 @@ class ExpertPipeline(nn.Module):
 
     def run(self, call: Call, backward: bool, actions: dict[str, Action]) -> None:
         """Issue the tasks of a direction."""
-        program, experts = Program(), actions["experts"]
+        experts = actions["experts"]
 
         def telling(chunk: int) -> dist.Work | None:
             if chunk == 0:
@@ -87,9 +89,17 @@ class ExpertPipeline(nn.Module):
                 call.tell_stage("backward" if backward else "forward", "experts")
             return work
 
-        base = Task("mixture", COMPUTE, MEASURED, 0.0, layer=call.layer, backward=backward)
-        last = self.pipeline(program, base, call.work, call.plan)
-        self.runner.run(program.tasks, actions | {"experts": telling}, last)
+        tasks, last = self._tasks(call.layer, call.work, call.plan, backward)
+        self.runner.run(tasks, actions | {"experts": telling}, last)
+
+    def _written(
+        self, layer: int, work: LayerWork, plan: LayerPlan, backward: bool
+    ) -> tuple[list[Task], tuple[int, ...]]:
+        """The tasks of a direction, and the last one of each chunk."""
+        program = Program()
+        base = Task("mixture", COMPUTE, MEASURED, 0.0, layer=layer, backward=backward)
+        last = self.pipeline(program, base, work, plan)
+        return program.tasks, last
 
 
 @dataclass
@@ -106,16 +116,15 @@ class _Kept:
         self.rows[chunk] = self.hidden[chunk] = None
         return rows_RM, hidden
 
-    def cut_anew(self, before: Chunks, after: Chunks) -> _Kept:
-        """The same rows in other chunks."""
-        index = torch.empty_like(before.expert_places)
-        index[after.expert_places] = before.expert_places
-        indices = [index[rows.expert_part] for rows in after.rows]
+    def cut_anew(self, places: Tensor, chunks: Chunks) -> _Kept:
+        """The same rows in other chunks: where each row lies, by its place there."""
+        sizes = [sum(rows.experts) for rows in chunks.rows]
 
         def cut(parts: list[Tensor | None]) -> list[Tensor | None]:
-            whole = torch.cat([part for part in parts if part is not None])
+            found = [part for part in parts if part is not None]
             parts.clear()
-            return [ops.gather_rows(whole, chosen) for chosen in indices]
+            whole = found[0] if len(found) == 1 else torch.cat(found)
+            return [*ops.gather_rows(whole, places).split(sizes)]
 
         return _Kept(cut(self.rows), cut(self.hidden))
 
@@ -165,11 +174,11 @@ class _Pipelined(torch.autograd.Function):
         call: Call = ctx.call
         call.before_backward()
         w_in, w_out = ctx.saved_tensors
-        before, chunks = call.chunks(backward=False), call.chunks(backward=True)
-        grad_SM = grads[0].contiguous()
-        moved = _moves(before, chunks)
+        chunks, grad_SM = call.chunks(backward=True), grads[0].contiguous()
+        moved = call.queues.moved(call.plan.degree, call.plan.backward_degree)
         if moved is not None:
-            kept, grad_SM = kept.cut_anew(before, chunks), reordered(grad_SM, *moved)
+            (to_sent, from_sent), computed = moved
+            kept, grad_SM = kept.cut_anew(computed, chunks), ops.gather_rows(grad_SM, to_sent)
         sums, activation = (_Sum(), _Sum()), ctx.pipeline.experts.activation
 
         def compute(chunk: int, grad_RM: Tensor, expert_rows: ExpertRows) -> Tensor:
@@ -185,15 +194,5 @@ class _Pipelined(torch.autograd.Function):
             actions["all_reduce"] = call.slice
         ctx.pipeline.run(call, True, actions)
         call.after_backward()
-        back_SM = direction.back_SM if moved is None else reordered(direction.back_SM, *moved[::-1])
+        back_SM = direction.back_SM if moved is None else ops.gather_rows(direction.back_SM, from_sent)
         return back_SM, sums[0].of(w_in, ctx.weight_dtype), sums[1].of(w_out, ctx.weight_dtype), None, None
-
-
-def _moves(before: Chunks, after: Chunks) -> tuple[Tensor, Tensor] | None:
-    """Where each copy lies in one cut and in the other; None where they are the same cut."""
-    if before.degree == after.degree:
-        return None
-    in_place = torch.arange(before.queues.num_sent, device=before.queues.order.device)
-    found = [chunks.sent_places for chunks in (before, after)]
-    first, second = (in_place if places_S is None else places_S for places_S in found)
-    return first, second

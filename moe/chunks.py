@@ -8,14 +8,20 @@ Where experts are cut over the n ranks of a node (`moe.expert_sharding`), each o
 received, and computes on it. Gathered rows lie by rank of the node, each rank's padded to the longest; without a cut a
 rank is a node of its own.
 
+What a cut looks like depends on numbers of rows alone, which the host has: it works out where the parts of queues lie,
+and a GPU lays rows by these pieces (`moe.ops.lay_pieces`).
+
 Dimensions: T tokens of this rank, K choices, P ranks of the group, E experts, L experts a rank, S copies this rank
-sends, n ranks that share experts, A = n P sources of copies, R copies that a rank computes, r chunks, N queues.
+sends, n ranks that share experts, A = n P sources of copies, R copies that a rank computes, r chunks.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from math import lcm
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,6 +33,11 @@ from moe import ops
 from moe.gate import Routing
 
 Counts = NDArray[np.int64]
+
+AS_QUEUED = (2, 3, 0, 1)
+AS_SENT = (0, 2, 3, 1)
+BY_EXPERT = (0, 3, 2, 1)
+"""Orders in which parts of queues lie, by axes of (chunk, part of the chunk, rank, expert), the slowest first."""
 
 
 @dataclass(frozen=True)
@@ -67,62 +78,31 @@ class Chunks:
 
     def __init__(self, queues: Queues, degree: int) -> None:
         self.queues, self.degree = queues, degree
-        send_rPL = _parts(queues.send_PL, degree)
-        node_rnPL = _parts(queues.node_nPL, degree)
-        receive_rPL = node_rnPL[:, queues.place]
-        slices = zip(*map(_slices, (send_rPL, receive_rPL, node_rnPL)), strict=True)
-        self.rows = [
-            ChunkRows(
-                send_rPL[chunk].sum(1).tolist(),
-                receive_rPL[chunk].sum(1).tolist(),
-                node_rnPL[chunk].sum((1, 2)).tolist(),
-                node_rnPL[chunk].sum((0, 1)).tolist(),
-                *parts,
-            )
-            for chunk, parts in enumerate(slices)
-        ]
+        self._node_rnPL = _parts(queues.node_nPL, degree)
+        send_rP = _parts(queues.send_PL, degree).sum(2)
+        node_rnP, experts_rL = self._node_rnPL.sum(3), self._node_rnPL.sum((1, 2))
+        receive_rP, node_rn = node_rnP[:, queues.place], node_rnP.sum(2)
+        self._ends_rL = experts_rL.cumsum(1)
+        lists = [rows.tolist() for rows in (send_rP, receive_rP, node_rn, experts_rL)]
+        slices = map(_slices, (send_rP, receive_rP, node_rn))
+        self.rows = [ChunkRows(*rows) for rows in zip(*lists, *slices, strict=True)]
 
     @cached_property
     def expert_ends(self) -> Tensor:
         """[r, L] int32, the row behind each expert's last, from the chunk's first."""
-        return self._sizes_rAL.sum(1).cumsum(1, dtype=torch.int32)
-
-    @cached_property
-    def _sizes_rAL(self) -> Tensor:
-        """[r, A, L] int64, rows of each chunk by source and expert."""
-        arriving_AL = self.queues.arriving_AL
-        return _bounds(arriving_AL.flatten(), self.degree).diff(dim=0).view(self.degree, *arriving_AL.shape)
-
-    @cached_property
-    def sent_places(self) -> Tensor | None:
-        """[S] int64, where each copy, in the order of experts, lies among the chunks; None where that is its place."""
-        if self.degree == 1:
-            return None
-        queues = self.queues
-        return places(queues.counts_E, queues.num_sent, self.degree)
-
-    @cached_property
-    def _by_expert(self) -> tuple[Tensor, Tensor] | None:
-        """[R] int64 twice: arrival order -> order of the experts in their chunk, and back; None where they agree."""
-        queues = self.queues
-        num_sources, num_local = queues.arriving_AL.shape
-        if num_sources == 1 or num_local == 1:
-            return None
-        key_rL = torch.arange(self.degree * num_local, device=queues.arriving_AL.device)
-        key_rAL = key_rL.view(self.degree, 1, num_local).expand(self.degree, num_sources, num_local)
-        arriving_R = key_rAL.flatten().repeat_interleave(self._sizes_rAL.flatten(), output_size=queues.num_computed)
-        return ops.sort_by_expert(arriving_R, self.degree * num_local, queues.num_computed)
+        return self.queues.tensor(self._ends_rL.astype(np.int32))
 
     @cached_property
     def orders(self) -> tuple[Tensor, Tensor] | None:
         """[R] int64 twice: of each chunk, arrival order -> order of the experts, and back, each from its first row;
         None where they agree."""
-        if self._by_expert is None or self.degree == 1:
-            return self._by_expert
-        queues, (order_R, inverse_R) = self.queues, self._by_expert
-        sizes_r = self._sizes_rAL.flatten(1).sum(1)
-        first_R = (sizes_r.cumsum(0) - sizes_r).repeat_interleave(sizes_r, output_size=queues.num_computed)
-        return order_R - first_R, inverse_R - first_R
+        queues = self.queues
+        if 1 in queues.computed_AL.shape:
+            return None
+        sizes_rAL = self._node_rnPL.reshape(self.degree, *queues.computed_AL.shape)
+        arrived, by_expert = (_first_rows(sizes_rAL, self.degree, order) for order in (AS_SENT, BY_EXPERT))
+        begins = np.broadcast_to(arrived[:, :1, :1], arrived.shape)
+        return queues.laid((arrived, by_expert, sizes_rAL, begins), queues.num_computed, queues.num_computed)
 
     def gathered_orders(self, chunk: int) -> tuple[Tensor, Tensor]:
         """For a chunk's rows that were gathered in the node, each rank's padded to n equal parts.
@@ -130,23 +110,12 @@ class Chunks:
         Returns:
             [R_i] int64, order of the experts -> gathered row; [n * padded] int64, back, R_i where there is padding.
         """
-        rows, device = self.rows[chunk], self.queues.arriving_AL.device
-        sizes_n = self._sizes_rAL[chunk].view(len(rows.node), -1).sum(1)
-        starts_n = torch.arange(len(rows.node), device=device) * rows.padded
-        shift_n = starts_n - (sizes_n.cumsum(0) - sizes_n)
-        num_rows = sum(rows.node)
-        gathered_R = torch.arange(num_rows, device=device) + shift_n.repeat_interleave(sizes_n, output_size=num_rows)
-        if self.orders is not None:
-            gathered_R = gathered_R[self.orders[0][rows.expert_part]]
-        return gathered_R, ops.inverse_of(gathered_R, len(rows.node) * rows.padded)
-
-    @cached_property
-    def expert_places(self) -> Tensor:
-        """[R] int64, where each computed row, by source, expert and place in the queue, lies among the chunks when
-        these are in the order of the experts."""
-        queues = self.queues
-        arrived_R = places(queues.arriving_AL.flatten(), queues.num_computed, self.degree)
-        return arrived_R if self._by_expert is None else self._by_expert[1][arrived_R]
+        queues, rows, sizes_nPL = self.queues, self.rows[chunk], self._node_rnPL[chunk]
+        sizes_nQ = sizes_nPL.reshape(len(sizes_nPL), -1)
+        gathered_nQ = sizes_nQ.cumsum(1) - sizes_nQ + np.arange(len(sizes_nQ))[:, None] * rows.padded
+        by_expert = _first_rows(sizes_nPL.reshape(1, *queues.computed_AL.shape), 1, BY_EXPERT)
+        pieces = (gathered_nQ, by_expert, sizes_nQ, np.zeros_like(sizes_nQ))
+        return queues.laid(pieces, len(rows.node) * rows.padded, sum(rows.node))
 
 
 class Queues:
@@ -155,27 +124,15 @@ class Queues:
     Args:
         order: [S] int64, copy in the order of experts -> flat copy t * K + k.
         inverse_TK: [T, K] int64, its inverse; S where the copy is dropped.
-        counts_E: [E] int64, this rank's copies for each expert.
-        arriving_AL: [A, L] int64, copies that come to each rank of the node from each of the group, for each of its
-            experts.
-        send_PL: [P, L], the copies for each expert on the host.
-        node_nPL: [n, P, L], those that come likewise.
+        send_PL: [P, L], this rank's copies for each expert, on the host.
+        node_nPL: [n, P, L], those that come to each rank of the node from each of the group, for each of its experts.
         place: of this rank in its node.
     """
 
-    def __init__(
-        self,
-        order: Tensor,
-        inverse_TK: Tensor,
-        counts_E: Tensor,
-        arriving_AL: Tensor,
-        send_PL: Counts,
-        node_nPL: Counts,
-        place: int = 0,
-    ) -> None:
+    def __init__(self, order: Tensor, inverse_TK: Tensor, send_PL: Counts, node_nPL: Counts, place: int = 0) -> None:
         self.order, self.inverse_TK = order, inverse_TK
-        self.counts_E, self.arriving_AL = counts_E, arriving_AL
         self.send_PL, self.node_nPL, self.place = send_PL, node_nPL, place
+        self.computed_AL = node_nPL.reshape(-1, node_nPL.shape[2])
         self.num_sent, self.num_computed = int(send_PL.sum()), int(node_nPL.sum())
         self.num_received = int(node_nPL[place].sum())
         self._cut: dict[int, Chunks] = {}
@@ -188,13 +145,45 @@ class Queues:
 
     def travel_orders(self, degree: int) -> tuple[Tensor, Tensor]:
         """`order` [S] and `inverse_TK` [T, K] for copies that lie in chunks."""
-        places_S = self.chunks(degree).sent_places
-        if places_S is None:
+        if degree == 1:
             return self.order, self.inverse_TK
-        order = torch.empty_like(self.order)
-        order[places_S] = self.order
-        dropped = places_S.new_full((1,), self.num_sent)
-        return order, torch.cat([places_S, dropped])[self.inverse_TK]
+        sizes_rPL = _parts(self.send_PL, degree)
+        pieces = [_first_rows(sizes_rPL, degree, order) for order in (AS_QUEUED, AS_SENT)]
+        pieces += [sizes_rPL, np.zeros_like(sizes_rPL)]
+        dropped = np.array([self.num_sent, self.num_sent, 1, 0])  # stay behind all others
+        of_chunks, chunked = self.laid(pieces, self.num_sent + 1, self.num_sent + 1, dropped)
+        return self.order[of_chunks[: self.num_sent]], chunked[self.inverse_TK]
+
+    def moved(self, before: int, after: int) -> tuple[tuple[Tensor, Tensor], Tensor] | None:
+        """From a cut into so many chunks to another; None where they are the same.
+
+        Returns:
+            [S] int64 twice: the place before of each copy that is sent, by its place after, and the other way round;
+            [R] int64, the place before of each row that is computed, in the order of the experts, by its place after.
+        """
+        if before == after:
+            return None
+        found = []
+        for counts_QL, order in ((self.send_PL, AS_SENT), (self.computed_AL, BY_EXPERT)):
+            sizes = _parts(counts_QL, lcm(before, after))  # each lies in a row in both
+            places = [_first_rows(sizes, degree, order) for degree in (before, after)]
+            num_rows = int(counts_QL.sum())
+            found.append(self.laid((*places, sizes, np.zeros_like(sizes)), num_rows, num_rows))
+        return found[0], found[1][0]
+
+    def tensor(self, numbers: NDArray[Any]) -> Tensor:
+        """On the device of the copies; the host waits for nothing."""
+        told = torch.from_numpy(numbers)
+        return told.pin_memory().to(self.order.device, non_blocking=True) if self.order.is_cuda else told
+
+    def laid(
+        self, pieces: Sequence[Counts], num_here: int, num_there: int, last_4: Counts | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """As `moe.ops.lay_pieces`, of four arrays of one size, and of one more piece."""
+        pieces_4N = np.stack([numbers.ravel() for numbers in pieces])
+        if last_4 is not None:
+            pieces_4N = np.column_stack([pieces_4N, last_4])
+        return ops.lay_pieces(pieces_4N, num_here, num_there, self.order.device)
 
 
 def exchange_counts(
@@ -222,54 +211,30 @@ def exchange_counts(
         dist.all_gather(list(arriving_nE.unbind()), arriving_E, group=node)
     told = torch.cat([counts_E.unsqueeze(0), arriving_nE]).cpu().numpy()  # one wait
     send_PL, *node_nPL = told.reshape(len(told), group.size(), -1)
-    arriving_AL = arriving_nE.view(-1, send_PL.shape[1])
     inverse_TK, place = inverse.view_as(routing.expert_ids_TK), 0 if node is None else node.rank()
-    return Queues(order, inverse_TK, counts_E, arriving_AL, send_PL, np.stack(node_nPL), place)
+    return Queues(order, inverse_TK, send_PL, np.stack(node_nPL), place)
 
 
 def _slices(counts_rN: Counts) -> list[slice]:
-    """Of each chunk among the rows of all; counts [r, ...]."""
-    ends = counts_rN.reshape(len(counts_rN), -1).sum(1).cumsum().tolist()
+    """Of each chunk among the rows of all; counts [r, N]."""
+    ends = counts_rN.sum(1).cumsum().tolist()
     return [slice(first, last) for first, last in zip([0, *ends], ends, strict=False)]
 
 
-def _parts(counts: Counts, degree: int) -> Counts:
-    """Counts of any shape to those of each part, [r, ...]."""
-    steps = np.arange(degree + 1).reshape(-1, *[1] * counts.ndim)
-    return np.diff(counts * steps // degree, axis=0)
+def _parts(counts: Counts, num_parts: int) -> Counts:
+    """Counts of any shape to those of each part of so many, which stand first."""
+    bounds = np.multiply.outer(np.arange(num_parts + 1), counts) // num_parts
+    return bounds[1:] - bounds[:-1]
 
 
-def _bounds(counts_N: Tensor, degree: int) -> Tensor:
-    """[r + 1, N], where each part of a queue begins."""
-    steps = torch.arange(degree + 1, device=counts_N.device).unsqueeze(1)
-    return (counts_N * steps).div(degree, rounding_mode="floor")
-
-
-def places(counts_N: Tensor, num_rows: int, degree: int) -> Tensor:
-    """Where the rows of some queues lie when their parts are put together into chunks.
+def _first_rows(sizes: Counts, degree: int, order: tuple[int, ...]) -> Counts:
+    """Where each part of a queue lies, [parts, ranks, experts], when the cut is into so many chunks.
 
     Args:
-        counts_N: [N] int64, rows of each queue.
-        num_rows: their sum.
+        sizes: [parts, ranks, experts], of each; a chunk has as many parts as any other.
         degree: r.
-
-    Returns:
-        [num_rows] int64, by queue and place in the queue.
+        order: `AS_QUEUED`, `AS_SENT` or `BY_EXPERT`.
     """
-    device, num_queues = counts_N.device, len(counts_N)
-    bounds = _bounds(counts_N, degree)
-    sizes_rN = bounds.diff(dim=0)
-    starts_rN = (sizes_rN.flatten().cumsum(0) - sizes_rN.flatten()).view_as(sizes_rN)
-    shift_rN = starts_rN - bounds[:-1]
-    queue = torch.arange(num_queues, device=device).repeat_interleave(counts_N, output_size=num_rows)
-    place = torch.arange(num_rows, device=device) - (counts_N.cumsum(0) - counts_N)[queue]
-    # The part i that begins at count * i // r holds place q iff i < (q + 1) r / count <= i + 1.
-    chunk = ((place + 1) * degree - 1).div(counts_N[queue], rounding_mode="floor")
-    return shift_rN[chunk, queue] + place
-
-
-def reordered(rows: Tensor, come_from: Tensor, go_to: Tensor) -> Tensor:
-    """Rows that lie where `come_from` says, to where `go_to` says; both [S] int64, by the same row."""
-    index = torch.empty_like(go_to)
-    index[go_to] = come_from
-    return ops.gather_rows(rows.contiguous(), index)
+    laid = sizes.reshape(degree, -1, *sizes.shape[1:]).transpose(order)
+    first = (laid.cumsum() - laid.ravel()).reshape(laid.shape)
+    return first.transpose(np.argsort(order)).reshape(sizes.shape)

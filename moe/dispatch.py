@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from moe import ops
+from moe.chunks import exchange_counts
 from moe.collectives import all_to_all_v
 from moe.gate import Routing
 from moe.mesh import Mesh
@@ -165,37 +165,22 @@ class AllToAllDispatcher(Dispatcher):
 
     def __init__(self, mesh: Mesh, num_experts: int) -> None:
         self.group = mesh.ep_group
-        self.num_ranks = mesh.ep_size
         self.num_experts = num_experts
-        self.num_local = num_experts // mesh.ep_size
 
     def plan(self, routing: Routing) -> DispatchPlan:
         """Exchange the counts and lay out the copies. Collective; waits for the counts on the host."""
-        chosen, counts_E, num_kept = routing.expert_ids_TK.flatten(), routing.counts_E, routing.expert_ids_TK.numel()
-        if routing.kept_TK is not None:
-            kept = routing.kept_TK.flatten()
-            chosen = torch.where(kept, chosen, self.num_experts)  # dropped copies sort behind the last expert
-            counts_E, num_kept = ops.count_choices(chosen, self.num_experts + 1)[:-1].contiguous(), int(kept.sum())
-        order, inverse = ops.sort_by_expert(chosen, self.num_experts, num_kept)
-        arriving_PL = torch.empty_like(counts_E)
-        dist.all_to_all_single(arriving_PL, counts_E, group=self.group)
-        send_PL = counts_E.view(self.num_ranks, self.num_local).tolist()
-        receive_PL = arriving_PL.view(self.num_ranks, self.num_local).tolist()
-        expert_order = expert_inverse = None
-        if self.num_local > 1 and self.num_ranks > 1:
-            num_rows = sum(map(sum, receive_PL))
-            local_expert = torch.arange(self.num_local, device=chosen.device).repeat(self.num_ranks)
-            arriving = local_expert.repeat_interleave(arriving_PL, output_size=num_rows)
-            expert_order, expert_inverse = ops.sort_by_expert(arriving, self.num_local, num_rows)
+        queues = exchange_counts(routing, self.num_experts, self.group)
+        whole = queues.chunks(1)
+        (rows,), (expert_order, expert_inverse) = whole.rows, whole.orders or (None, None)
         return DispatchPlan(
-            order,
-            inverse.view_as(routing.expert_ids_TK),
-            [sum(row) for row in send_PL],
-            [sum(row) for row in receive_PL],
+            queues.order,
+            queues.inverse_TK,
+            rows.send,
+            rows.receive,
             expert_order,
             expert_inverse,
-            [sum(column) for column in zip(*receive_PL, strict=True)],
-            arriving_PL.view(self.num_ranks, -1).sum(0).cumsum(0, dtype=torch.int32),
+            rows.experts,
+            whole.expert_ends[0],
         )
 
     def dispatch(self, x_TM: Tensor, routing: Routing) -> tuple[Tensor, DispatchPlan]:

@@ -9,8 +9,10 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from types import ModuleType
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 HAS_TRITON = find_spec("triton") is not None
@@ -130,6 +132,32 @@ def sort_by_expert(chosen: Tensor, num_experts: int, num_kept: int) -> tuple[Ten
         return kernels().sort_by_expert(chosen, num_experts, num_kept)
     order = torch.argsort(chosen, stable=True)[:num_kept]
     return order, inverse_of(order, len(chosen))
+
+
+def lay_pieces(
+    pieces_4N: NDArray[np.int64], num_here: int, num_there: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Two orders of the same rows, from pieces of them that lie in a row in both.
+
+    Args:
+        pieces_4N: where each piece begins here, where there, how many rows it has, and the row that its rows' places
+            are counted from. All rows there are in a piece.
+        num_here, num_there: rows of each order.
+        device: of the results.
+
+    Returns:
+        [num_there] int64, each row's place here; [num_here] int64, likewise there, `num_there` for one in no piece.
+    """
+    pieces_4N = np.ascontiguousarray(pieces_4N[:, pieces_4N[2] > 0])
+    here, there, sizes, begins = pieces_4N
+    if device.type == "cuda" and HAS_TRITON:
+        told = torch.from_numpy(pieces_4N).pin_memory().to(device, non_blocking=True)
+        return kernels().lay_pieces(told, int(sizes.max(initial=0)), num_here, num_there)
+    rows = np.arange(sizes.sum()) - (sizes.cumsum() - sizes).repeat(sizes)
+    here, there, begins = here.repeat(sizes) + rows, there.repeat(sizes) + rows, begins.repeat(sizes)
+    here_of, there_of = np.empty(num_there, dtype=np.int64), np.full(num_here, num_there)
+    here_of[there], there_of[here] = here - begins, there - begins
+    return torch.from_numpy(here_of).to(device), torch.from_numpy(there_of).to(device)
 
 
 def inverse_of(order: Tensor, length: int) -> Tensor:

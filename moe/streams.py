@@ -155,19 +155,23 @@ class TaskRunner:
         for stream in self._streams.values():
             stream.wait_stream(current)
         overlapped = sum(task.resource == COMPUTE for task in tasks) > 1 or any(t.kind == "all_reduce" for t in tasks)
-        for task in tasks:
-            with self._on(task), self.room() if overlapped else nullcontext():
-                stream = torch.cuda.current_stream()
-                for earlier in task.after:
-                    if tasks[earlier].resource != task.resource:
-                        stream.wait_event(ends[earlier])
-                marks = self.recorder.issued(task, True) if self.recorder else None
-                actions[task.kind](task.chunk)
-                end = torch.cuda.Event(enable_timing=marks is not None)
-                end.record()
-                ends.append(end)
-                if marks is not None:
-                    marks.append(end)
+        with self.room() if overlapped else nullcontext():
+            try:
+                for task in tasks:
+                    stream = self._streams.get(task.resource, current)
+                    torch.cuda.set_stream(stream)
+                    for earlier in task.after:
+                        if tasks[earlier].resource != task.resource:
+                            stream.wait_event(ends[earlier])
+                    marks = self.recorder.issued(task, True) if self.recorder else None
+                    actions[task.kind](task.chunk)
+                    end = torch.cuda.Event(enable_timing=marks is not None)
+                    end.record(stream)
+                    ends.append(end)
+                    if marks is not None:
+                        marks.append(end)
+            finally:
+                torch.cuda.set_stream(current)
         for index in last:
             current.wait_event(ends[index])
 

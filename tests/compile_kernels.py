@@ -14,8 +14,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 # By name: the package's functions hide the modules `route` and `activate`.
-PEERS, ROUTE, ACTIVATE, REPLICAS = (
-    import_module(f"moe.kernels.{name}") for name in ("peers", "route", "activate", "replicas")
+PEERS, ROUTE, ACTIVATE, REPLICAS, ROWS, SORT, PIECES = (
+    import_module(f"moe.kernels.{name}")
+    for name in ("peers", "route", "activate", "replicas", "rows", "sort", "pieces")
 )
 BF16, FLOAT, LONG, INT, BOOL = "*bf16", "*fp32", "*i64", "*i32", "*i1"
 WIDTHS = {"M": 2048, "BLOCK": 2048}
@@ -82,6 +83,24 @@ KERNELS: list[tuple[str, Any, list[str], dict[str, Any], int]] = [
         {"H": 4096, "SWIGLU": True, "WEIGHTED": True, "BLOCK": 2048},
         4,
     ),
+    ("gather rows", ROWS._gather_rows, [BF16, LONG, BF16], {"DIVISOR": 2, **WIDTHS}, 4),
+    ("sum copies", ROWS._sum_copies, [BF16, LONG, FLOAT, BF16, "i32"], {"K": 2, "WEIGHTED": True, **WIDTHS}, 4),
+    (
+        "weight copies",
+        ROWS._weight_copies,
+        [BF16, BF16, LONG, FLOAT, BF16, FLOAT, "i32"],
+        {"K": 2, **WIDTHS},
+        4,
+    ),
+    ("count choices", SORT._count_choices, [LONG, INT, "i32"], {"E": 16, "BLOCK": 1024, "EXPERTS": 16}, 4),
+    (
+        "place copies",
+        SORT._place_copies,
+        [LONG, INT, INT, LONG, LONG, "i32", "i32"],
+        {"E": 16, "BLOCK": 1024, "EXPERTS": 16},
+        4,
+    ),
+    ("lay pieces", PIECES._lay_pieces, [LONG, LONG, LONG, "i32"], {"BLOCK": 1024}, 4),
     (
         "count in queue",
         REPLICAS._count_in_queue,

@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -18,7 +19,7 @@ from pydantic import ValidationError
 from baselines.pipelined import Pipelined
 from experiments.launch import run_ranks
 from methods.fsmoe import FSMoE
-from moe.chunks import Queues, places
+from moe.chunks import Queues
 from moe.costs import fit_alpha_beta
 from moe.expert_passes import ExpertRows, experts_backward, experts_forward
 from moe.experts import GroupedExperts
@@ -54,52 +55,88 @@ def facts(folder: Path) -> dict[str, list[Facts]]:
 # Chunks
 
 
-@given(st.lists(st.integers(0, 20), min_size=1, max_size=6), st.integers(1, 9))
-def test_a_queue_is_cut_into_nearly_equal_parts_that_lie_by_chunk(counts: list[int], degree: int) -> None:
-    rows = [(queue, place) for queue, count in enumerate(counts) for place in range(count)]
-    expected = [
-        (queue, place)
-        for chunk in range(degree)
-        for queue, count in enumerate(counts)
-        for place in range(count * chunk // degree, count * (chunk + 1) // degree)
-    ]
-    found = places(torch.tensor(counts), len(rows), degree)
-    assert sorted(found.tolist()) == list(range(len(rows)))
-    assert [row for _, row in sorted(zip(found.tolist(), rows, strict=True))] == expected
+Row = tuple[int, int, int]
+"""Rank, expert, place in the queue."""
 
 
 def queues_of(send_PL: list[list[int]], receive_PL: list[list[int]]) -> Queues:
-    """Of a rank that sends and receives so many copies."""
-    send, receive = torch.tensor(send_PL), torch.tensor(receive_PL)
-    order = torch.arange(int(send.sum()))
-    return Queues(order, order.unsqueeze(1), send.flatten(), receive, send.numpy(), receive.unsqueeze(0).numpy())
+    """Of a rank that sends and receives so many copies, one of which is dropped; they are named by their places."""
+    send, receive = np.array(send_PL), np.array(receive_PL)
+    order = torch.arange(send.sum()) + 100
+    inverse_TK = torch.tensor([*range(len(order)), len(order)]).unsqueeze(1)
+    return Queues(order, inverse_TK, send, np.expand_dims(receive, 0))
 
 
-def test_received_rows_go_into_the_order_of_the_experts_and_back() -> None:
-    """Rows are named (rank, expert, place); three ranks, two experts, a cut into two."""
-    receive = [[2, 3], [0, 1], [4, 0]]
-    chunks = queues_of([[1, 0], [5, 2], [0, 3]], receive).chunks(2)
-    named = [
+def named(counts_PL: list[list[int]]) -> list[list[Row]]:
+    """Rows of each queue."""
+    return [
         [(rank, expert, place) for place in range(count)]
-        for rank, counts in enumerate(receive)
+        for rank, counts in enumerate(counts_PL)
         for expert, count in enumerate(counts)
     ]
-    halves = [[queue[: len(queue) // 2] for queue in named], [queue[len(queue) // 2 :] for queue in named]]
-    assert chunks.orders is not None
-    by_queue = [row for queue in named for row in queue]
-    lies = dict(zip(by_queue, chunks.expert_places.tolist(), strict=True))
-    for rows, half, ends in zip(chunks.rows, halves, chunks.expert_ends.tolist(), strict=True):
-        arrived = [row for queue in half for row in queue]
-        order, inverse = (orders[rows.receive_part].tolist() for orders in chunks.orders)
-        sorted_rows = [arrived[index] for index in order]
-        assert sorted_rows == sorted(arrived, key=lambda row: (row[1], row[0], row[2]))
-        assert [sorted_rows[index] for index in inverse] == arrived
-        assert [lies[row] for row in sorted_rows] == list(range(rows.receive_part.start, rows.receive_part.stop))
-        assert rows.experts == [sum(row[1] == expert for row in arrived) for expert in (0, 1)]
-        assert ends == [rows.experts[0], sum(rows.experts)]
-        assert rows.receive == [sum(row[0] == rank for row in arrived) for rank in range(3)]
-    assert [rows.send for rows in chunks.rows] == [[0, 3, 1], [1, 4, 2]]
-    assert [rows.send_part for rows in chunks.rows] == [slice(0, 4), slice(4, 11)]
+
+
+def chunk_rows(counts_PL: list[list[int]], degree: int) -> list[list[Row]]:
+    """Rows of each chunk, in the order in which they travel."""
+    return [
+        [row for queue in named(counts_PL) for row in queue[len(queue) * i // degree : len(queue) * (i + 1) // degree]]
+        for i in range(degree)
+    ]
+
+
+def by_expert(rows: list[Row]) -> list[Row]:
+    """Rows of a chunk in the order of the experts."""
+    return sorted(rows, key=lambda row: (row[1], row[0], row[2]))
+
+
+some_counts = st.integers(1, 4).flatmap(
+    lambda num_experts: st.lists(st.lists(st.integers(0, 20), min_size=num_experts, max_size=num_experts), min_size=1)
+)
+
+
+@given(some_counts, st.integers(1, 9))
+def test_queues_are_cut_into_nearly_equal_parts_that_lie_by_chunk(send: list[list[int]], degree: int) -> None:
+    queues = queues_of(send, send)
+    order, inverse_TK = queues.travel_orders(degree)
+    in_order = [row for queue in named(send) for row in queue]
+    expected = [row for rows in chunk_rows(send, degree) for row in rows]
+    assert [in_order[copy - 100] for copy in order.tolist()] == expected
+    assert [expected[place] for place in inverse_TK[:-1, 0].tolist()] == in_order
+    assert inverse_TK[-1, 0] == len(in_order), "the dropped copy"
+
+
+@given(some_counts, st.integers(1, 9))
+def test_received_rows_go_into_the_order_of_the_experts_and_back(receive: list[list[int]], degree: int) -> None:
+    chunks = queues_of(receive, receive).chunks(degree)
+    for rows, arrived, ends in zip(chunks.rows, chunk_rows(receive, degree), chunks.expert_ends.tolist(), strict=True):
+        if chunks.orders is None:
+            assert by_expert(arrived) == arrived
+        else:
+            order, inverse = (orders[rows.receive_part].tolist() for orders in chunks.orders)
+            assert [arrived[index] for index in order] == by_expert(arrived)
+            assert [by_expert(arrived)[index] for index in inverse] == arrived
+        num_experts = len(receive[0])
+        assert rows.experts == [sum(row[1] == expert for row in arrived) for expert in range(num_experts)]
+        assert ends == [sum(rows.experts[: expert + 1]) for expert in range(num_experts)]
+        assert rows.receive == [sum(row[0] == rank for row in arrived) for rank in range(len(receive))]
+        assert rows.send == rows.receive
+        assert rows.send_part == rows.receive_part == rows.expert_part
+        assert rows.send_part.stop - rows.send_part.start == len(arrived)
+
+
+@given(some_counts, st.integers(1, 8), st.integers(1, 8))
+def test_rows_move_from_one_cut_to_another(counts: list[list[int]], before: int, after: int) -> None:
+    moved = queues_of(counts, counts).moved(before, after)
+    if moved is None:
+        assert before == after
+        return
+    (to_sent, from_sent), computed = moved
+    old, new = (chunk_rows(counts, degree) for degree in (before, after))
+    sent_before, sent_after = ([row for rows in chunks for row in rows] for chunks in (old, new))
+    assert [sent_before[place] for place in to_sent.tolist()] == sent_after
+    assert [sent_after[place] for place in from_sent.tolist()] == sent_before
+    computed_before, computed_after = ([row for rows in chunks for row in by_expert(rows)] for chunks in (old, new))
+    assert [computed_before[place] for place in computed.tolist()] == computed_after
 
 
 @pytest.mark.parametrize("activation", ["gelu", "swiglu"])

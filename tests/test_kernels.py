@@ -13,6 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -72,6 +73,27 @@ def test_copies_are_sorted_as_a_stable_sort_does(
     assert torch.equal(got_inverse, inverse.flatten())
     counts = fast.count_choices(chosen, num_experts + 1)
     assert torch.equal(counts, torch.bincount(chosen, minlength=num_experts + 1))
+
+
+@pytest.mark.parametrize("hole", [0, 3])
+@pytest.mark.parametrize("sizes", [[5, 0, 1, 1030, 7], [2050], [0, 0], []])
+def test_orders_are_laid_by_pieces(fast: ModuleType, sizes: list[int], hole: int) -> None:
+    """Pieces lie in turn here, each behind a hole, and in the other direction there; counted from where each began."""
+    counts = np.array(sizes, dtype=np.int64)
+    here, there = counts.cumsum() - counts + hole * np.arange(len(counts)), counts[::-1].cumsum()[::-1] - counts
+    pieces_4N, num_rows = np.stack([here, there, counts, here]), int(counts.sum())
+    num_here = num_rows + hole * len(counts)
+    rows = [(piece, row) for piece, count in enumerate(sizes) for row in range(count)]
+    expected_here = [row for _, row in sorted(rows, key=lambda one: (-one[0], one[1]))]
+    expected_there = [num_rows] * num_here
+    for piece, row in rows:
+        expected_there[here[piece] + row] = int(there[piece] + row - here[piece])
+    found = ops.lay_pieces(pieces_4N, num_here, num_rows, torch.device(DEVICE))
+    kept = np.ascontiguousarray(pieces_4N[:, counts > 0])
+    by_kernel = fast.lay_pieces(torch.from_numpy(kept).to(DEVICE), max(sizes, default=0), num_here, num_rows)
+    for here_of, there_of in (found, by_kernel):
+        assert here_of.tolist() == expected_here
+        assert there_of.tolist() == expected_there
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -240,4 +262,6 @@ def test_kernels_compile_and_move_sixteen_bytes_at_a_time() -> None:
     assert wide["activate backward"]["loads"] > 0 and wide["activate backward"]["stores"] > 0
     assert wide["sum replicas"]["loads"] > 0 and wide["sum replicas"]["stores"] > 0
     assert wide["copy to replicas"]["loads"] > 0 and wide["copy to replicas"]["stores"] > 0
-    assert {"sum", "route", "route 256", "count in queue", "take turns"} < wide.keys()
+    for name in ("gather rows", "sum copies", "weight copies"):
+        assert wide[name]["loads"] > 0 and wide[name]["stores"] > 0
+    assert {"sum", "route", "route 256", "count in queue", "take turns", "place copies", "lay pieces"} < wide.keys()

@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moe.kernels.launch import launch
+
 
 def _warps(block: int) -> int:
     """Warps of a program that holds a row of `block` elements: 16 elements a thread, more beyond 8192."""
@@ -27,11 +29,12 @@ def gather_rows(rows: Tensor, index: Tensor, divisor: int = 1) -> Tensor:
     out = rows.new_empty(len(index), rows.shape[1])
     if len(index):
         block = triton.next_power_of_2(rows.shape[1])
-        _gather_rows[(len(index),)](rows, index, out, divisor, rows.shape[1], block, num_warps=_warps(block))
+        constants = (divisor, rows.shape[1], block)
+        launch(_gather_rows, (len(index),), (rows, index, out), (), constants, num_warps=_warps(block))
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_copies"])
 def _sum_copies(
     copies,
     inverse,
@@ -62,23 +65,20 @@ def sum_copies(copies_SM: Tensor, inverse_TK: Tensor, weights_TK: Tensor | None)
     model_dim = copies_SM.shape[1]
     out = copies_SM.new_empty(num_tokens, model_dim)
     block = triton.next_power_of_2(model_dim)
-    weighted = weights_TK is not None
-    _sum_copies[(num_tokens,)](
-        copies_SM,
-        inverse_TK,
-        weights_TK if weighted else copies_SM,
-        out,
-        len(copies_SM),
-        top_k,
-        model_dim,
-        block,
-        weighted,
-        num_warps=_warps(block),
-    )
+    weights = copies_SM if weights_TK is None else weights_TK
+    if num_tokens:
+        launch(
+            _sum_copies,
+            (num_tokens,),
+            (copies_SM, inverse_TK, weights, out),
+            (len(copies_SM),),
+            (top_k, model_dim, block, weights_TK is not None),
+            num_warps=_warps(block),
+        )
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_copies"])
 def _weight_copies(
     grad,
     copies,
@@ -113,17 +113,13 @@ def weighted_sum_backward(
     grad_copies = torch.empty_like(copies_SM)
     grad_weights = torch.empty(num_tokens, top_k, device=grad_TM.device)
     block = triton.next_power_of_2(model_dim)
-    _weight_copies[(num_tokens,)](
-        grad_TM,
-        copies_SM,
-        inverse_TK,
-        weights_TK,
-        grad_copies,
-        grad_weights,
-        len(copies_SM),
-        top_k,
-        model_dim,
-        block,
-        num_warps=_warps(block),
-    )
+    if num_tokens:
+        launch(
+            _weight_copies,
+            (num_tokens,),
+            (grad_TM, copies_SM, inverse_TK, weights_TK, grad_copies, grad_weights),
+            (len(copies_SM),),
+            (top_k, model_dim, block),
+            num_warps=_warps(block),
+        )
     return grad_copies, grad_weights
