@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 from torch import Tensor
 
 from methods.swiftmoe_scheduler import SlotTable
@@ -44,16 +43,20 @@ class RankTable:
 
     def __init__(self, table: SlotTable, rank: int) -> None:
         self.table, self.rank, self.runs = table, rank, table.runs(rank)
-        num_ranks, sources_EN = table.num_slots // table.slots_per_rank, table.sources_EN
-        here = range(self.runs[0].expert, self.runs[-1].expert + 1)
-        shared = [expert for expert in table.shared if expert in here]
-        self.groups = [(table.holders[expert][0], table.holders[expert][-1]) for expert in shared]
-        sources_NG = sources_EN[here.start : here.stop].T
-        peers, places = np.nonzero(sources_NG == rank)
-        self.send_rows = np.bincount(peers, minlength=num_ranks).tolist()
-        self.receive_rows = np.bincount(sources_EN[:, rank], minlength=num_ranks).tolist()
-        to_send = (places * num_ranks + peers).tolist()
-        behind = [(expert - here.start) * num_ranks + peer for expert in shared for peer in range(num_ranks)]
+        num_ranks = table.num_slots // table.slots_per_rank
+        shared = [expert for expert in table.shared if rank in table.holders[expert]]
+        self.groups = [(table.holders[expert].start, table.holders[expert].stop - 1) for expert in shared]
+        taken: list[list[int]] = [[] for _ in range(num_ranks)]
+        for place, run in enumerate(self.runs):
+            for peer in table.takers(run.expert, rank):
+                taken[peer].append(place * num_ranks + peer)
+        to_send = [shard for shards in taken for shard in shards]
+        self.send_rows = [len(shards) for shards in taken]
+        self.receive_rows = [0] * num_ranks
+        for expert in range(len(table.counts)):
+            self.receive_rows[table.source(expert, rank)] += 1
+        first = self.runs[0].expert
+        behind = [(expert - first) * num_ranks + peer for expert in shared for peer in range(num_ranks)]
         self.order, self.num_sent = to_send + behind, len(to_send)
         sum_of = {shard: self.num_sent + index for index, shard in enumerate(behind)}
         self._late = [(row, sum_of[shard]) for row, shard in enumerate(to_send) if shard in sum_of]

@@ -13,8 +13,6 @@ from functools import cached_property
 from itertools import accumulate, pairwise
 from typing import NamedTuple
 
-import numpy as np
-
 
 def replica_counts(popularity: Sequence[int], num_slots: int) -> tuple[int, ...]:
     """Slots of each expert, in proportion to its popularity but at least one (algorithm 1; first index on ties).
@@ -26,25 +24,24 @@ def replica_counts(popularity: Sequence[int], num_slots: int) -> tuple[int, ...]
     Returns:
         E counts >= 1 that sum to J.
     """
-    popular_E = np.asarray(popularity, dtype=np.float64)
-    assert num_slots >= len(popular_E), f"{num_slots} slots can't hold {len(popular_E)} experts"
-    assert popular_E.min() >= 0 and popular_E.sum() > 0, f"no proportions in {list(popularity)}"
-    goal_E = popular_E / popular_E.sum() * num_slots
-    count_E = np.floor(np.maximum(goal_E, 1)).astype(np.int64)
-    excess_E = count_E - goal_E
-    counts = count_E.tolist()
+    total = sum(popularity)
+    assert num_slots >= len(popularity), f"{num_slots} slots can't hold {len(popularity)} experts"
+    assert min(popularity) >= 0 and total > 0, f"no proportions in {list(popularity)}"
+    goals = [popular / total * num_slots for popular in popularity]
+    counts = [max(1, int(goal)) for goal in goals]
+    excess = [count - goal for count, goal in zip(counts, goals, strict=True)]
     surplus = sum(counts) - num_slots
     while surplus > 0:
-        most = int(excess_E.argmax())
+        most = excess.index(max(excess))
         if counts[most] > 1:
             counts[most] -= 1
             surplus -= 1
-        excess_E[most] -= 1  # also where the last slot must stay, so that the search goes on to another expert
+        excess[most] -= 1  # also where the last slot must stay, so that the search goes on to another expert
     while surplus < 0:
-        least = int(excess_E.argmin())
+        least = excess.index(min(excess))
         counts[least] += 1
         surplus += 1
-        excess_E[least] += 1
+        excess[least] += 1
     return tuple(counts)
 
 
@@ -72,7 +69,7 @@ class SlotTable:
     def __post_init__(self) -> None:
         assert min(self.counts) >= 1 and sum(self.counts) % self.slots_per_rank == 0, (self.counts, self.slots_per_rank)
 
-    @property
+    @cached_property
     def num_slots(self) -> int:
         """J."""
         return sum(self.counts)
@@ -114,15 +111,17 @@ class SlotTable:
             for expert, (first, stop) in zip(experts, pairwise(edges), strict=True)
         ]
 
-    @cached_property
-    def sources_EN(self) -> np.ndarray:
-        """[E, N], whose gradient of an expert each rank takes its shard of: its own if it has one, else one of those
-        that have, so that they share the sending (SYMI, algorithm 2)."""
-        first_slots, ranks_N = np.asarray(self.first_slots), np.arange(self.num_slots // self.slots_per_rank)
-        first_E1 = (first_slots // self.slots_per_rank)[:, None]
-        last_E1 = ((first_slots + self.counts - 1) // self.slots_per_rank)[:, None]
-        holds_EN = (first_E1 <= ranks_N) & (ranks_N <= last_E1)
-        return np.where(holds_EN, ranks_N, first_E1 + ranks_N % (last_E1 - first_E1 + 1))
+    def source(self, expert: int, rank: int) -> int:
+        """Whose gradient of an expert a rank takes its shard of: its own if it has one, else one of those that have, so
+        that they share the sending (SYMI, algorithm 2)."""
+        holders = self.holders[expert]
+        return rank if rank in holders else holders[rank % len(holders)]
+
+    def takers(self, expert: int, rank: int) -> list[int]:
+        """The ranks, this one among them, that take their shards of an expert from this one, which holds it."""
+        holders = self.holders[expert]
+        others = range(rank - holders.start, self.num_slots // self.slots_per_rank, len(holders))
+        return sorted([rank, *(peer for peer in others if peer not in holders)])
 
     def after(self, popularity: Sequence[int]) -> SlotTable:
         """The next iteration's table. Where no token chose anything the old one stays (ours; the paper has no rule)."""
