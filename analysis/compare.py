@@ -53,7 +53,8 @@ def write(out_dir: Path, run_dirs: list[Path], samples_dir: Path | None, baselin
     summary = summarise(comparison)
     write_text(out_dir / INDEX, _index(out_dir, run_dirs, samples_dir, baseline))
     write_text(out_dir / "summary.csv", summary.to_csv(index=False))
-    source = f"{comparison.kind.capitalize()} on {where(comparison) or 'a cluster that no file names.'}"
+    place = where(comparison).removeprefix("On ").replace("Cluster", "cluster", 1) or "a cluster that no file names."
+    source = f"{comparison.kind.capitalize()} on {place}"
     write_text(out_dir / "summary.md", to_markdown(summary, source, comparison.notes, FIGURES))
     with suite_style():
         save(loss_figure(comparison), out_dir / "loss")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -84,17 +84,28 @@ class Run:
         return next((str(cluster[field_name]) for cluster in self._clusters() if cluster.get(field_name)), "")
 
     @property
+    def num_ranks(self) -> int:
+        """How many ranks it has; 0 when nothing declares them."""
+        return next((prod(fanouts) for _, fanouts in self._fanouts()), 0)
+
+    @property
     def ranks(self) -> str:
         """How many ranks of which library, such as `4 gloo ranks on one machine`; "" when nothing declares them."""
+        for cluster, fanouts in self._fanouts():
+            library = {"cpu": "gloo ", "cuda": "NCCL "}.get(str(cluster.get("device")), "")
+            alone = self.manifest.get("num_machines", 1) == 1  # ranks that were joined may be on several
+            here = " on one machine" if alone and cluster.get("launch") in ("spawn", "netns") else ""
+            num_ranks = prod(fanouts)
+            return f"{num_ranks} {library}rank{'s' * (num_ranks > 1)}{here}"
+        return ""
+
+    def _fanouts(self) -> Iterator[tuple[dict[str, Any], list[int]]]:
+        """Declarations of the cluster that say it level by level, and those numbers."""
         for cluster in self._clusters():
             levels = cluster.get("levels") or []
             fanouts = [level["fanout"] for level in levels if isinstance(level, dict) and "fanout" in level]
             if fanouts and all(isinstance(fanout, int) for fanout in fanouts):
-                library = {"cpu": "gloo ", "cuda": "NCCL "}.get(str(cluster.get("device")), "")
-                alone = self.manifest.get("num_machines", 1) == 1  # ranks that were joined may be on several
-                here = " on one machine" if alone and cluster.get("launch") in ("spawn", "netns") else ""
-                return f"{prod(fanouts)} {library}ranks{here}"
-        return ""
+                yield cluster, fanouts
 
     def _clusters(self) -> list[dict[str, Any]]:
         clusters = (self.manifest.get("cluster"), self.config.get("cluster"))

@@ -15,7 +15,8 @@ def machine_of(folder: Path) -> str:
         folder: of a run, of a benchmark, or a published one; what its manifest does not say is left out.
 
     Returns:
-        Such as `2 x NVIDIA H200, cluster auto (2 NCCL ranks on one machine), torch 2.11.0`.
+        Such as `2 x NVIDIA H200, cluster auto (2 NCCL ranks on one machine), torch 2.11.0`, or `1 of 2 x NVIDIA H200`
+        where one stood idle.
 
     Raises:
         ResultsError: the folder's files name different runs.
@@ -29,7 +30,9 @@ def _hardware(run: Run) -> str:
     hardware = run.manifest.get("hardware", {})
     gpus = Counter(str(gpu).partition(",")[0] for gpu in hardware.get("gpus") or [])
     if gpus:
-        return " and ".join(f"{count} x {name}" for name, count in gpus.items())
+        idle = run.manifest.get("num_machines", 1) == 1 and 0 < run.num_ranks < sum(gpus.values())
+        told = f"{run.num_ranks} of " if idle else ""  # a rank has one
+        return told + " and ".join(f"{count} x {name}" for name, count in gpus.items())
     if not hardware:
         return f"{UNKNOWN} hardware"
     return f"{hardware.get('cores', UNKNOWN)} cores of {hardware.get('cpu', f'an {UNKNOWN} processor')}"

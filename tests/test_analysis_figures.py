@@ -21,6 +21,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 
+from analysis.compare import write
 from analysis.comparison import Comparison, compare
 from analysis.plots.bytes import bytes_figure
 from analysis.plots.loss import loss_figure
@@ -319,8 +320,13 @@ def test_a_legend_without_labels_is_none() -> None:
 def test_captions_name_the_hardware_of_the_runs(tmp_path: Path) -> None:
     run = write_run(tmp_path, "flat", 0)
     manifest = json.loads((run / "manifest.json").read_text())
-    (run / "manifest.json").write_text(json.dumps(manifest | {"hardware": {"gpus": ["NVIDIA H200, 139 GiB"] * 2}}))
-    assert where(compare([run], None)).startswith("On 2 x NVIDIA H200, cluster local_2x2 (4 gloo ranks")
+    for num_gpus, told in ((2, "2"), (4, "4"), (8, "4 of 8")):
+        hardware = {"gpus": ["NVIDIA H200, 139 GiB"] * num_gpus}
+        (run / "manifest.json").write_text(json.dumps(manifest | {"hardware": hardware}))
+        expected = f"On {told} x NVIDIA H200, cluster local_2x2 (4 gloo ranks"
+        assert where(compare([run], None)).startswith(expected)
+        write(tmp_path / "out", [run], None)
+        assert f"\nMeasured {expected.replace('On', 'on')}" in (tmp_path / "out" / "summary.md").read_text()
 
 
 def test_a_reason_is_told_without_the_exception_s_name() -> None:
