@@ -2,7 +2,8 @@
 
 Trains every system with every seed on the same text, times whole training steps of all systems in turn in one process
 group, and writes table and figures to outputs/compare/. Each is timed going on from its own last checkpoint
-(`timing.weights=initial`: from the first weights, which all share).
+(`timing.weights=initial`: from the first weights, which all share). A stop amid the timed rounds keeps those that were
+timed: table and figures are made of them, and say how many; the same command times all rounds anew.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from experiments.config import CompareConfig
 from experiments.join import ranks_here
 from experiments.launch import RankFailure, is_main_process
 from experiments.measured_cluster import with_costs
+from experiments.samples import SampleRow, SampleWriter, read_samples
 from moe.errors import SuiteError
 
 
@@ -33,25 +35,54 @@ def main(config: CompareConfig, overrides: list[str]) -> None:
     failures = run_cells(runs, overrides)
     trained_now = any(is_current(run) for run in stale)
     failed = {failure.config.system.label: str(failure.error) for failure in failures}
-    timed = _time(config, overrides, failed, trained_now)
+    timing = BenchRun(config, overrides)
+    try:
+        timed = _time(config, timing, failed, trained_now)
+    except RankFailure as error:
+        if error.kind == "interrupted" and is_main_process() and (told := _keep_rounds(config, timing)):
+            _tabulate(config, timing.dir.path, f"{told}; the same command times all of them anew\n")
+        raise
     if not is_main_process():
         return
-    out_dir, timing_dir = Path(config.output_dir) / "compare", BenchRun(config, overrides).dir.path
-    run_dirs = [run_dir_of(run).path for run in runs]
-    try:
-        table = write(out_dir, run_dirs, timing_dir if timed else None, baseline=config.systems[0].label)
-    except ResultsError as error:
-        raise SuiteError(str(error)) from error
-    print(
-        f"\n{format_table(table)}\nwritten: {out_dir}/summary.csv, summary.md and {', '.join(FIGURES)} as PNG and PDF"
-    )
+    _tabulate(config, timing.dir.path if timed else None)
     if failures or not timed:
         sys.exit(1)
 
 
-def _time(config: CompareConfig, overrides: list[str], failed: dict[str, str], trained_now: bool) -> bool:
+def _tabulate(config: CompareConfig, timing_dir: Path | None, told: str = "") -> None:
+    """Write table and figures, print the table and, below it, what is `told`."""
+    out_dir, run_dirs = Path(config.output_dir) / "compare", [run_dir_of(run).path for run in config.runs()]
+    try:
+        table = write(out_dir, run_dirs, timing_dir, baseline=config.systems[0].label)
+    except ResultsError as error:
+        raise SuiteError(str(error)) from error
+    written = f"written: {out_dir}/summary.csv, summary.md and {', '.join(FIGURES)} as PNG and PDF"
+    print(f"\n{format_table(table)}\n{told}{written}", flush=True)
+
+
+def _keep_rounds(config: CompareConfig, timing: BenchRun) -> str:
+    """Write the rounds that were timed before a stop, and a status row for each system under each other seed; say in
+    the status, and return, how many rounds there are. Without any: nothing, and ""."""
+    status = timing.dir.status()
+    rows = [SampleRow(*row) for own in read_samples(timing.dir.journal).values() for row in own]
+    num_rounds = len({(row.seed, row.round) for row in rows if row.metric == "step_time"})
+    if status is None or not num_rounds:
+        return ""
+    told = f"{num_rounds} of {config.timing.rounds * len(config.seeds)} rounds were timed"
+    cells = dict.fromkeys((row.system, row.implementation, row.shape, row.workload) for row in rows)
+    begun = {row.seed for row in rows}
+    for seed in [seed for seed in config.seeds if seed not in begun]:
+        for cell in cells:
+            writer = SampleWriter(*cell, seed)
+            writer.add_status("missing", f"not timed before the stop; {told}")
+            rows += writer.rows
+    timing.write_table(rows)
+    timing.dir.set_status(status.status, f"{status.reason}; {told}")
+    return told
+
+
+def _time(config: CompareConfig, timing: BenchRun, failed: dict[str, str], trained_now: bool) -> bool:
     """Time all systems that could be trained, unless that was done after the last training; False when it failed."""
-    timing = BenchRun(config, overrides)
     if not timing.must_run(config.force or trained_now):
         return True
     payload = {"failed": failed, "run_dirs": [str(run_dir_of(run).path) for run in config.runs()]}

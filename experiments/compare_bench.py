@@ -23,7 +23,7 @@ from experiments.optimizer import build_optimizer, lr_factor
 from experiments.progress_log import Phase, phases_of
 from experiments.ranks import RankInfo
 from experiments.results import RunDir
-from experiments.samples import SampleWriter
+from experiments.samples import SampleWriter, append_samples
 from experiments.timing import Observed, interleave, over_ranks, peak_memory_bytes, stage_rounds
 from moe.errors import ConfigError
 from moe.mesh import Mesh, create_mesh
@@ -47,29 +47,36 @@ class Trainee:
 
 
 def time_training(payload: dict[str, Any], info: RankInfo) -> list[list[Any]] | None:
-    """Time every system under every seed, in this rank.
+    """Time every system under every seed, in this rank; rank 0 adds each seed to the journal as soon as it is there.
 
     Args:
-        payload: `config`: of the comparison; `folder`: of this benchmark; `failed`: systems that failed to train, by
-            label, and how: not timed, because what fails may take the ranks down with it; `run_dirs`: folders of the
-            training runs, in the order of `config.runs()`, whose newest checkpoints are timed under
+        payload: `config`: of the comparison; `folder`: rank 0's, with its journal; `failed`: systems that failed to
+            train, by label, and how: not timed, because what fails may take the ranks down with it; `run_dirs`: folders
+            of the training runs, in the order of `config.runs()`, whose newest checkpoints are timed under
             `timing.weights=trained`.
         info: of this rank.
 
     Returns:
-        Sample rows, the same on every rank; None when a stop was asked for before all seeds were timed. The metric
-        `trained_steps` says which weights a system was timed with, `part` being `timing.weights`.
+        Sample rows, the same on every rank; None when a stop was asked for before all rounds were timed: those that
+        were, of the seed in hand too, are in the journal. The metric `trained_steps` says which weights a system was
+        timed with, `part` being `timing.weights`.
     """
     config = load_compare(payload["config"])
     mesh = create_mesh(cluster_from(config.cluster), info.device)
     rows: list[list[Any]] = []
     run_dirs = [RunDir(path) for path in payload["run_dirs"]]
-    tell = phases_of(Path(payload["folder"]), info.rank)
+    journal = RunDir(payload["folder"]).journal
+    tell = phases_of(journal.parent, info.rank)
     for seed in config.seeds:
         if stop_agreed(info):
             return None
         cells = [(run, where) for run, where in zip(config.runs(), run_dirs, strict=True) if run.seed == seed]
-        rows += _time_seed(cells, config, mesh, payload["failed"], tell)
+        told, num_rounds = _time_seed(cells, config, mesh, payload["failed"], tell, lambda: stop_agreed(info))
+        if info.rank == 0 and num_rounds:
+            append_samples(journal, ["times", str(seed)], told)
+        if num_rounds < config.timing.rounds:
+            return None
+        rows += told
         if info.rank == 0:
             labels = ", ".join(run.system.label for run, _ in cells)
             print(f"timed in turn, seed {seed}, {config.timing.weights} weights: {labels}", flush=True)
@@ -82,7 +89,9 @@ def _time_seed(
     mesh: Mesh,
     failed: dict[str, str],
     tell: Callable[[Phase], None],
-) -> list[list[Any]]:
+    stop: Callable[[], bool],
+) -> tuple[list[list[Any]], int]:
+    """Sample rows of one seed, and how many rounds were timed: after a stop fewer than asked for."""
     writers, trainees = [], []
     expected: Observed | None = None
     trained = config.timing.weights == "trained"
@@ -120,13 +129,17 @@ def _time_seed(
         writers.append(writer)
     timing, steps = config.timing, {trainee.writer.key[0]: trainee.step for trainee in trainees}
     turns = (timing.rounds, timing.warmup, mesh.device, timing.steps_per_round)
-    times = interleave(steps, *turns, after_round=lambda: tell("training"))
+    times = interleave(steps, *turns, after_round=lambda: tell("training"), stop=stop)
     tell("starting")
+    num_rounds = min((len(seconds) for seconds in times.values()), default=timing.rounds)
+    if not num_rounds:
+        return [], 0
     for trainee in trainees:
         trainee.writer.add("step_time", times[trainee.writer.key[0]], "s")
         trainee.writer.add("trained_steps", [trainee.trained_steps], "steps", config.timing.weights)
-        _add_observations(trainee, config, mesh)
-    return [list(row) for writer in writers for row in writer.rows]
+        # Little time is left after a stop.
+        _add_observations(trainee, config, mesh, STAGE_ROUNDS if num_rounds == timing.rounds else 1)
+    return [list(row) for writer in writers for row in writer.rows], num_rounds
 
 
 def _trainee(run: RunConfig, trained_steps: int, mesh: Mesh, writer: SampleWriter) -> Trainee:
@@ -178,7 +191,7 @@ def _load(checkpoint: Path, trainee: Trainee) -> None:
         raise RuntimeError(f"{checkpoint}: {reason}. {WITHOUT_CHECKPOINT}") from None
 
 
-def _add_observations(trainee: Trainee, config: CompareConfig, mesh: Mesh) -> None:
+def _add_observations(trainee: Trainee, config: CompareConfig, mesh: Mesh, num_stage_rounds: int) -> None:
     """What is exact or slow to read: bytes, drops, memory, stages; of the steps after the timed ones."""
     writer, device = trainee.writer, mesh.device
     meter = LinkMeter(mesh.cluster, mesh.rank)
@@ -197,7 +210,7 @@ def _add_observations(trainee: Trainee, config: CompareConfig, mesh: Mesh) -> No
     writer.add("tokens", [config.trainer.global_batch_size * config.model.seq_len], "tokens/step")
     peak = torch.tensor([float(peak_memory_bytes(trainee.step, device, trainee.gpt.moe_layers))], dtype=torch.float64)
     writer.add("peak_memory", over_ranks(peak, dist.ReduceOp.MAX, device).tolist(), "B")
-    rounds = stage_rounds(trainee.step, trainee.gpt.moe_layers, STAGE_ROUNDS, device)
+    rounds = stage_rounds(trainee.step, trainee.gpt.moe_layers, num_stage_rounds, device)
     for metric, times in (("stage_time", rounds.stages), ("part_time", rounds.parts)):
         for part, seconds in times.items():
             writer.add(metric, seconds, "s", part)

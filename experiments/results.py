@@ -198,7 +198,7 @@ class RunDir:
 
     @property
     def journal(self) -> Path:
-        """What is measured of a layer benchmark that is not complete: see `experiments.samples.append_samples`."""
+        """What is measured of a benchmark that is not complete: see `experiments.samples.append_samples`."""
         return self.path / "samples.jsonl"
 
     @property

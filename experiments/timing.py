@@ -32,6 +32,7 @@ def interleave(
     device: torch.device,
     steps_per_round: int = 1,
     after_round: Callable[[], None] = lambda: None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, list[float]]:
     """Time candidates in turn, in a new random order every round, so that a drift of the machine meets all alike and
     none always follows the same other. Collective.
@@ -43,9 +44,10 @@ def interleave(
         device: synchronised before and after a candidate's turn when it is a GPU.
         steps_per_round: steps of one turn, without a wait in between: with one, every step begins on an idle GPU.
         after_round: called after each, outside of what is timed.
+        stop: asked after that; where it says yes, and it must on all ranks alike, no round follows.
 
     Returns:
-        Seconds of a step in the slowest rank, one per round, by name.
+        Seconds of a step in the slowest rank, one per timed round, by name: fewer than `rounds` after a stop.
     """
     names = list(steps)
     seconds = torch.zeros(len(names), rounds, dtype=torch.float64)
@@ -56,8 +58,10 @@ def interleave(
             if turn >= 0:
                 seconds[index, turn] = elapsed
         after_round()
+        if stop():
+            break
     worst = over_ranks(seconds, dist.ReduceOp.MAX, device)
-    return {name: worst[index].tolist() for index, name in enumerate(names)}
+    return {name: worst[index, : max(0, turn + 1)].tolist() for index, name in enumerate(names)}
 
 
 def _timed(step: Step, num_steps: int, device: torch.device) -> float:

@@ -5,6 +5,8 @@ Once with two real ranks; otherwise the only rank is this process (`tests.tiny.r
 
 from __future__ import annotations
 
+import itertools
+import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -18,6 +20,7 @@ import analysis.compare
 from analysis.summary import STEP_PARTS
 from experiments import bench_run, cells, compare, compare_bench, registry
 from experiments.failures import RankFailure
+from experiments.launch import run_ranks
 from experiments.results import RunDir
 from moe.layer import NativeMoE
 from moe.mesh import Mesh
@@ -28,6 +31,7 @@ COLUMNS = ["system", "implementation", "metric", "value", "low", "high", "unit",
 FIGURES = [f"{name}.{kind}" for name in ("loss", "throughput", "bytes", "stages") for kind in ("png", "pdf")]
 FEW_STEPS = ["trainer.max_steps=3", "trainer.warmup_steps=1", "seeds=[0]", "timing.rounds=2", "timing.warmup=1"]
 TIMING = "experiments.compare_bench:time_training"
+STOPPING = "tests.rank_compare:stop_amid_rounds"
 
 
 class Fragile(System):
@@ -68,10 +72,18 @@ def command(tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> Comm
 
 
 @pytest.fixture
-def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Lets this process be the only rank, and draws no figures; the targets of all launches."""
-    for name in ("loss_figure", "throughput_figure", "bytes_figure", "stages_figure", "save"):
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Draws no figures, which takes long; the names of those that would be there."""
+    names: list[str] = []
+    for name in ("loss_figure", "throughput_figure", "bytes_figure", "stages_figure"):
         monkeypatch.setattr(analysis.compare, name, lambda *_arguments: None)
+    monkeypatch.setattr(analysis.compare, "save", lambda _figure, path: names.append(path.name))
+    return names
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch, drawn: list[str]) -> list[str]:
+    """Lets this process be the only rank, and draws no figures; the targets of all launches."""
     seen: list[str] = []
 
     def launch(target: str, payload: dict[str, Any], **more: Any) -> Any:
@@ -321,3 +333,93 @@ def test_a_stop_between_seeds_ends_the_timing(
     monkeypatch.setattr(bench_run, "run_ranks", launch)
     assert command("systems=[flat]", ONE_RANK)[0] == 130
     assert seen == [None]
+
+
+def timing_in(outputs: Path) -> tuple[str, str, dict[str, list[int]]]:
+    """Status and reason of the only timing, and by system the rounds that its samples hold, of all seeds."""
+    (folder,) = outputs.glob("compare-*")
+    state, samples = RunDir(folder).status(), folder / "samples.parquet"
+    assert state is not None
+    if not samples.exists():
+        return state.status, state.reason, {}
+    times = pd.read_parquet(samples).query("metric == 'step_time'")
+    return state.status, state.reason, times.groupby("system")["round"].apply(list).to_dict()
+
+
+def test_ranks_that_are_stopped_amid_the_rounds_keep_those_that_were_timed(
+    command: Command,
+    tmp_path: Path,
+    drawn: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    def launch(target: str, payload: dict[str, Any], **more: Any) -> Any:
+        assert target == TIMING
+        return run_ranks(STOPPING, {**payload, "parent": os.getpid(), "stop_after": 3}, **more)
+
+    compared = ("systems=[flat,reference]", TWO_RANKS, "timing.rounds=4")
+    with monkeypatch.context() as patched:
+        patched.setattr(bench_run, "run_ranks", launch)
+        code, summary = command(*compared)
+    assert code == 130
+    told = "2 of 4 rounds were timed"
+    reason = f"the run was interrupted: stopped by SIGINT; {told}"
+    assert timing_in(tmp_path) == ("interrupted", reason, {"flat": [0, 1], "reference": [0, 1]})
+    assert set(summary["status"]) == {"ok"}
+    for metric in ("train_loss", "tokens_per_s", "tokens_per_s_ratio", "bytes/network/alltoall", "peak_memory"):
+        assert has_number(summary, "flat", metric), metric
+    assert summary["metric"].str.startswith("stage_time/").any()
+    assert drawn == ["loss", "throughput", "bytes", "stages"]
+    assert f"{told}; the same command times all of them anew\nwritten: " in capfd.readouterr().out
+
+    code, summary = command(*compared)
+    assert code == 0
+    assert timing_in(tmp_path) == ("done", "", {"flat": [0, 1, 2, 3], "reference": [0, 1, 2, 3]})
+    assert set(summary["status"]) == {"ok"}
+    printed = capfd.readouterr().out
+    assert printed.count("is complete (force=true runs it again)") == 2, "only the timing was left to do"
+    assert "rounds were timed" not in printed
+
+
+def test_a_stop_under_another_seed_keeps_those_that_were_timed(
+    command: Command, tmp_path: Path, launched: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two seeds with a round to warm up and two timed ones; without a timed round there is no table."""
+
+    def launch(target: str, payload: dict[str, Any], **more: Any) -> Any:
+        value = run_ranks_here(target, payload, **more)
+        if value is None:
+            raise RankFailure("interrupted", None, "stopped by SIGTERM")
+        return value
+
+    def stopped_at(answer: int) -> tuple[int, pd.DataFrame]:
+        """It is asked before a seed and behind each of its rounds: 0 to 3 for the first one."""
+        asked = itertools.count()
+        monkeypatch.setattr(compare_bench, "stop_agreed", lambda _info: next(asked) >= answer)
+        return command("systems=[flat,reference]", ONE_RANK, "seeds=[0,1]")
+
+    monkeypatch.setattr(bench_run, "run_ranks", launch)
+    interrupted = "the run was interrupted: stopped by SIGTERM"
+    code, summary = stopped_at(1)
+    assert (code, len(summary)) == (130, 0)
+    assert timing_in(tmp_path) == ("interrupted", interrupted, {})
+
+    code, summary = stopped_at(5)
+    assert code == 130
+    told = "2 of 4 rounds were timed"
+    once = {"flat": [0, 1], "reference": [0, 1]}
+    assert timing_in(tmp_path) == ("interrupted", f"{interrupted}; {told}", once)
+    assert status(summary, "flat", "tokens_per_s") == "1 of 2 seeds"
+    missing = f"missing (seed 1, timed rounds): not timed before the stop; {told}"
+    assert status(summary, "flat", "run") == status(summary, "reference", "run") == missing
+
+    code, summary = stopped_at(6)
+    assert code == 130
+    rounds = {"flat": [0, 1, 0], "reference": [0, 1, 0]}
+    assert timing_in(tmp_path) == ("interrupted", f"{interrupted}; 3 of 4 rounds were timed", rounds)
+    assert set(summary["status"]) == {"ok"}
+
+    code, summary = stopped_at(7)  # behind the last round
+    assert code == 0
+    assert timing_in(tmp_path) == ("done", "", {"flat": [0, 1] * 2, "reference": [0, 1] * 2})
+    assert set(summary["status"]) == {"ok"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import weakref
 from collections.abc import Callable, Iterator
@@ -89,6 +90,24 @@ def test_several_steps_of_a_turn_are_timed_together(monkeypatch: pytest.MonkeyPa
     seconds = interleave({"a": lambda: taken.append(0)}, rounds=2, warmup=0, device=CPU, steps_per_round=3)
     assert seconds == {"a": [2.0, 4.0]}
     assert len(taken) == 6
+
+
+@pytest.mark.usefixtures("info")
+@pytest.mark.parametrize(("last", "timed"), [(1, 0), (2, 0), (3, 1), (4, 2), (5, 3)])
+def test_a_stop_ends_the_timing_behind_the_round_in_hand(last: int, timed: int) -> None:
+    taken: list[str] = []
+    told: list[int] = []
+    seconds = interleave(
+        {name: functools.partial(taken.append, name) for name in "ab"},
+        rounds=3,
+        warmup=2,
+        device=CPU,
+        after_round=lambda: told.append(len(taken)),
+        stop=lambda: len(told) == last,
+    )
+    assert told == list(range(2, 2 * last + 1, 2))
+    assert {name: len(own) for name, own in seconds.items()} == {"a": timed, "b": timed}
+    assert all(value > 0 for own in seconds.values() for value in own)
 
 
 @pytest.mark.usefixtures("info")
