@@ -19,6 +19,7 @@ from analysis.kernels import write_kernels
 from analysis.load import Samples, load_run, load_samples
 from analysis.machine import machine_of
 from analysis.plots.rows import no_number, reason_of
+from analysis.plots.speedups import MOST_GROUPS, speedups_figure
 from analysis.statistics import Interval, bootstrap_median, bootstrap_ratio, worst
 from analysis.style import (
     COLUMN_INCHES,
@@ -38,11 +39,13 @@ from analysis.summary import BYTE_CLASSES, DIRECTIONS, STAGES
 from analysis.tables import binary_bytes, markdown_row, significant
 
 COLUMNS = ["shape", "workload", "system", "implementation", "metric", "value", "low", "high", "unit", "status"]
-FIGURE = "stages"
+STAGES_OF_SYSTEMS, SPEEDS = "stages", "step_time"
+"""Figures: of a few shapes stages, of many each system's speed."""
 
 
 def write_layer(folder: Path, baseline: str, out_dir: Path | None = None) -> pd.DataFrame:
-    """Write summary.csv, summary.md, stages.{png,pdf} and, if kernels were profiled, kernels.csv of a layer benchmark.
+    """Write summary.csv, summary.md, stages.{png,pdf} (step_time.{png,pdf} of more than `MOST_GROUPS` shapes) and, if
+    kernels were profiled, kernels.csv of a layer benchmark.
 
     Args:
         folder: holds samples.parquet.
@@ -70,9 +73,57 @@ def write_layer(folder: Path, baseline: str, out_dir: Path | None = None) -> pd.
     where = _where(samples)
     write_text(out_dir / "summary.md", f"# One MoE layer\n\n{where}\n\n{people_table(summary).to_markdown_text()}")
     write_kernels(out_dir, samples)
+    many = len(samples.table[["shape", "workload"]].drop_duplicates()) > MOST_GROUPS
     with suite_style():
-        save(stages_figure(samples, summary, where), out_dir / FIGURE)
+        if many:
+            save(_speeds_figure(samples, summary, baseline, where), out_dir / SPEEDS)
+        else:
+            save(stages_figure(samples, summary, where), out_dir / STAGES_OF_SYSTEMS)
     return summary
+
+
+def _speeds_figure(samples: Samples, summary: pd.DataFrame, baseline: str, where: str) -> Figure:
+    table, kind = ratio_rows(summary, "step_time_ratio"), str(samples.metadata.get("kind", "measured"))
+    of_baseline = table[table["system"] == baseline]
+    return speedups_figure(
+        table[table["system"] != baseline],
+        str(of_baseline["label"].iloc[0]) if len(of_baseline) else baseline,
+        kind,
+        where,
+        title="Layer",
+        quantity="speed, ratio to",
+        told="One forward and backward of a layer: ratios of medians over interleaved rounds with 95 % paired "
+        "bootstrap intervals.",
+    )
+
+
+def ratio_rows(summary: pd.DataFrame, metric: str) -> pd.DataFrame:
+    """Rows for `speedups_figure`, a group for each shape.
+
+    Args:
+        summary: of `analysis.layer.write_layer`.
+        metric: `step_time_ratio` or `communication_ratio`.
+    """
+    rows = []
+    for (shape, workload, system, implementation), own in summary.groupby(
+        ["shape", "workload", "system", "implementation"], sort=False
+    ):
+        found = own[own["metric"].isin([metric, "run"])]
+        if not len(found):
+            raise ResultsError(f"{system} under {shape} has neither a {metric} nor a reason. Fix: measure it again.")
+        row = found.iloc[0]
+        rows.append(
+            {
+                "group": f"{shape}\n{workload}",
+                "system": system,
+                "label": f"{system} ({implementation})",
+                "ratio": row["value"],
+                "low": row["low"],
+                "high": row["high"],
+                "status": row["status"],
+            }
+        )
+    return pd.DataFrame(rows)
 
 
 def refuse_bad_times(samples: Samples) -> None:

@@ -63,6 +63,16 @@ def test_the_figure_is_drawn(folder: Path) -> None:
     assert (folder / "stages.pdf").read_bytes().startswith(b"%PDF")
 
 
+def test_of_many_shapes_each_system_s_speed_is_drawn(tmp_path: Path) -> None:
+    def shapes(table: pd.DataFrame) -> pd.DataFrame:
+        return pd.concat([table[table["seed"] == 0].assign(shape=f"shape {index}") for index in range(17)])
+
+    folder = write_samples(tmp_path, ["flat", "deepspeed"], change=shapes)
+    write_layer(folder, baseline="flat")
+    assert (folder / "step_time.png").stat().st_size > 10_000
+    assert not (folder / "stages.png").exists()
+
+
 def test_no_samples_is_an_error_with_a_fix(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ResultsError, match="run `python -m experiments.layer` first"):
         write_layer(tmp_path, baseline="flat")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from itertools import combinations
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -57,6 +58,35 @@ def test_the_figure_can_be_read_and_tells_what_is_missing() -> None:
     assert "ta_moe in 8 experts, GShard, top-2 (oom: out of memory on rank 3)" in told
     assert "flat in 16 experts, GShard, top-2 (not part of the comparison)" in told
     assert "ratio to deepspeed (upstream)" in told
+    boxes = [(text.get_text(), extent(text, figure)) for text in texts(figure)]
+    assert not [(one, other) for (one, a), (other, b) in combinations(boxes, 2) if a.overlaps(b)]
+    assert all(figure.bbox.x0 <= box.x0 <= box.x1 <= figure.bbox.x1 for _, box in boxes)
+
+
+def test_many_cases_are_rows_of_marks_with_a_mean_a_system() -> None:
+    rows = [
+        (f"{kind} B{index} L2048 M4096 H16384\nuniform", system, ratio * 2 ** (index % 2), "ok")
+        for kind in ("simple", "mixtral")
+        for index in range(27)
+        for system, ratio in (("flat", 0.8), ("tutel", 1.5))
+    ]
+    rows[7] = (*rows[7][:2], float("nan"), "oom: out of memory on rank 3")
+    table = pd.DataFrame(rows, columns=["group", "system", "ratio", "status"])
+    table = table.assign(low=table["ratio"] - 0.1, high=table["ratio"] + 0.1, label=table["system"] + " (native)")
+    with suite_style():
+        figure = speedups_figure(table, "deepspeed (upstream)", "measured", "Somewhere.")
+        figure.draw_without_rendering()
+    (axes,) = figure.axes
+    assert [tick.get_text() for tick in axes.get_yticklabels()][:2] == [
+        "simple B0 L2048 M4096 H16384",
+        "simple B1 L2048 M4096 H16384",
+    ]
+    marks = [np.size(line.get_xdata()) for line in axes.get_lines()]
+    assert sorted(mark for mark in marks if mark > 2) == [53, 54]
+    assert figure.get_figheight() < 10, "a page"
+    told = all_text(figure)
+    assert f"flat (native), mean {0.8 * 2 ** (26 / 54):.3g}" in told
+    assert "tutel in simple B3 L2048 M4096 H16384, uniform (oom: out of memory on rank 3)" in told
     boxes = [(text.get_text(), extent(text, figure)) for text in texts(figure)]
     assert not [(one, other) for (one, a), (other, b) in combinations(boxes, 2) if a.overlaps(b)]
     assert all(figure.bbox.x0 <= box.x0 <= box.x1 <= figure.bbox.x1 for _, box in boxes)

@@ -44,10 +44,10 @@ def test_every_rank_gets_its_shard_of_every_expert_in_order(drawn: tuple[list[in
         arrived = []
         for rank in ranks:
             start = sum(rank.send_rows[:peer])
-            shards = rank.order[start : start + rank.send_rows[peer]]
-            assert len(shards) == ranks[peer].receive_rows[rank.rank]
-            assert all(shard % num_ranks == peer for shard in shards)
-            arrived += [rank.runs[shard // num_ranks].expert for shard in shards]
+            sent = rank.order[start : start + rank.send_rows[peer]]
+            assert len(sent) == ranks[peer].receive_rows[rank.rank]
+            assert all(shard % num_ranks == peer for shard in sent)
+            arrived += [rank.runs[shard // num_ranks].expert for shard in sent]
         assert arrived == list(range(len(popularity)))
 
 

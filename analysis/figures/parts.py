@@ -11,12 +11,12 @@ from analysis.comparison import compare
 from analysis.errors import ResultsError
 from analysis.figures.found import ComparisonFolder, LayerFolder
 from analysis.files import write_text
-from analysis.layer import write_layer
+from analysis.layer import ratio_rows, write_layer
 from analysis.ledger.verdicts import Verdict
 from analysis.load import UNKNOWN, Samples
 from analysis.machine import machine_of
 from analysis.plots.claims import claims_figure
-from analysis.plots.speedups import speedups_figure
+from analysis.plots.speedups import MOST_GROUPS, speedups_figure
 from analysis.plots.throughput import throughput_figure
 from analysis.style import save, suite_style
 from analysis.summary import summarise
@@ -39,6 +39,8 @@ def sizes_of(samples: Samples) -> str:
         return ""
     shown = [name for name in dict.fromkeys(samples.table["shape"]) if name in shapes]
     tokens = ", ".join(dict.fromkeys(str(shapes[name].get("tokens_per_rank", UNKNOWN)) for name in shown))
+    if len(shown) > MOST_GROUPS:
+        return f"{tokens} tokens per rank; all sizes are in config.yaml."
     keys = ("num_experts", "top_k", "model_dim", "hidden_dim")
     sizes = [f"{name} {'/'.join(str(shapes[name].get(key, UNKNOWN)) for key in keys)}" for name in shown]
     return f"{tokens} tokens per rank; experts/top-k/model/hidden size: {', '.join(sizes)}." if shown else ""
@@ -74,35 +76,6 @@ def write_ratios(layer: LayerFolder, baseline: str, metrics: Sequence[str], out:
                 told=told,
             )
             save(figure, out / metric.removesuffix("_ratio"))
-
-
-def ratio_rows(summary: pd.DataFrame, metric: str) -> pd.DataFrame:
-    """Rows for `speedups_figure`, a group for each shape.
-
-    Args:
-        summary: of `analysis.layer.write_layer`.
-        metric: one of RATIOS.
-    """
-    rows = []
-    for (shape, workload, system, implementation), own in summary.groupby(
-        ["shape", "workload", "system", "implementation"], sort=False
-    ):
-        found = own[own["metric"].isin([metric, "run"])]
-        if not len(found):
-            raise ResultsError(f"{system} under {shape} has neither a {metric} nor a reason. Fix: measure it again.")
-        row = found.iloc[0]
-        rows.append(
-            {
-                "group": f"{shape}\n{workload}",
-                "system": system,
-                "label": f"{system} ({implementation})",
-                "ratio": row["value"],
-                "low": row["low"],
-                "high": row["high"],
-                "status": row["status"],
-            }
-        )
-    return pd.DataFrame(rows)
 
 
 def _label(summary: pd.DataFrame, system: str) -> str:

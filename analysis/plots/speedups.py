@@ -1,11 +1,16 @@
-"""Bars of a ratio to a baseline, a group for each case: number of experts and gate, shape of a layer, testbed."""
+"""A ratio to a baseline, for each case (number of experts and gate, shape of a layer, testbed) and system: bars, or
+where cases are many a row of marks for each."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pandas as pd
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from analysis.plots.rows import reason_of
@@ -22,6 +27,11 @@ from analysis.style import (
     shortened,
 )
 from analysis.tables import significant
+
+MOST_GROUPS = 16
+"""Cases that bars have room for on a page."""
+
+_ROW_INCHES = 0.135
 
 _WIDTH = 0.8
 """Of all bars of a group together, the groups being 1 apart."""
@@ -48,7 +58,8 @@ def speedups_figure(
     quantity: str = "tokens per second, ratio to",
     told: str = THROUGHPUT,
 ) -> Figure:
-    """A group of bars for every case, a bar a system, a line at 1 for the baseline.
+    """A group of bars for every case, a bar a system, a line at 1 for the baseline; beyond `MOST_GROUPS` a row of marks
+    for every case, and a line at each system's geometric mean.
 
     Args:
         table: columns group, system, label, ratio, low, high and status, the baseline's rows left out.
@@ -59,36 +70,21 @@ def speedups_figure(
         quantity: of which the bars are ratios, before the baseline's label.
         told: sentences on how the numbers came to be.
     """
-    groups = list(dict.fromkeys(table["group"]))
-    systems = list(dict.fromkeys(table["system"]))
-    wide = len(groups) * len(systems) > 10
-    width_inches = PAGE_INCHES if wide else COLUMN_INCHES
-    figure, (axes,) = new_figure(2.6, width_inches)
-    cells = table.set_index(["group", "system"])
-    each = min(_WIDTH / max(1, len(systems)), _MOST_INCHES * len(groups) / width_inches)
-    missing: dict[tuple[str, str], list[str]] = {}
-    for column, group in enumerate(groups):
-        for index, system in enumerate(systems):
-            centre = column + (index - (len(systems) - 1) / 2) * each
-            row = cells.loc[(group, system)] if (group, system) in cells.index else None
-            if row is None or not np.isfinite(row["ratio"]):
-                reason = "not part of the comparison" if row is None else reason_of(str(row["status"]))
-                missing.setdefault((system, reason), []).append(group.replace("\n", ", "))
-                axes.text(
-                    centre, 0.0, "x", ha="center", va="bottom", fontsize=SMALL_POINTS, color=look_of(system).colour
-                )
-                continue
-            _bar(axes, row, centre, each, system, each * width_inches / len(groups) < _NARROW_INCHES)
-    axes.axhline(1, color=GREY, linewidth=0.8, zorder=1)
-    axes.set_xticks(range(len(groups)), groups)
-    axes.set_xlim(-0.5, len(groups) - 0.5)
-    axes.set_ylim(0, 1.12 * max([1.0, *table["high"].dropna()]))
-    axes.tick_params(axis="x", length=0)
-    axes.set_ylabel(f"{quantity}\n{baseline}")
-    panel(axes, title, kind, grid="y")
+    groups, systems = list(dict.fromkeys(table["group"])), list(dict.fromkeys(table["system"]))
     labels = dict(zip(table["system"], table["label"], strict=True))
-    handles = [Patch(facecolor=look_of(system).colour) for system in systems]
-    legend(figure, handles, [labels[system] for system in systems], 5 if wide else 2)
+    draw = _rows if len(groups) > MOST_GROUPS else _bars
+    figure, axes, handles, missing = draw(table.set_index(["group", "system"]), groups, systems)
+    by_row = draw is _rows
+    heading = f"{quantity}\n{baseline}"
+    if by_row:
+        axes.set_xlabel(heading.replace("\n", " "))
+        means = table.dropna(subset=["ratio"]).groupby("system")["ratio"].apply(lambda own: np.exp(np.log(own).mean()))
+        labels |= {system: f"{labels[system]}, mean {significant(mean, 3)}" for system, mean in means.items()}
+        told += " Lines: geometric means over all cases with a number."
+    else:
+        axes.set_ylabel(heading)
+    panel(axes, title, kind, grid="x" if by_row else "y")
+    legend(figure, handles, [labels[system] for system in systems], 5 if figure.get_figwidth() == PAGE_INCHES else 2)
     without = [f"{system} in {'; '.join(names)} ({shortened(why, 90)})" for (system, why), names in missing.items()]
     caption(
         figure,
@@ -97,6 +93,72 @@ def speedups_figure(
         where,
     )
     return figure
+
+
+Missing = dict[tuple[str, str], list[str]]
+"""Cases without a number, by system and reason."""
+
+Drawn = tuple[Figure, Axes, list[Artist], Missing]
+"""A figure, its panel, what stands for each system in the legend, and what could not be drawn."""
+
+
+def _number(cells: pd.DataFrame, group: str, system: str, missing: Missing) -> pd.Series | None:
+    """The row of a case and system; None where it has no number, which `missing` is told."""
+    row = cells.loc[(group, system)] if (group, system) in cells.index else None
+    if row is not None and np.isfinite(row["ratio"]):
+        return row
+    reason = "not part of the comparison" if row is None else reason_of(str(row["status"]))
+    missing.setdefault((system, reason), []).append(group.replace("\n", ", "))
+    return None
+
+
+def _bars(cells: pd.DataFrame, groups: list[str], systems: list[str]) -> Drawn:
+    width_inches = PAGE_INCHES if len(groups) * len(systems) > 10 else COLUMN_INCHES
+    figure, (axes,) = new_figure(2.6, width_inches)
+    each = min(_WIDTH / max(1, len(systems)), _MOST_INCHES * len(groups) / width_inches)
+    missing: Missing = {}
+    for column, group in enumerate(groups):
+        for index, system in enumerate(systems):
+            centre = column + (index - (len(systems) - 1) / 2) * each
+            row = _number(cells, group, system, missing)
+            if row is None:
+                axes.text(
+                    centre, 0.0, "x", ha="center", va="bottom", fontsize=SMALL_POINTS, color=look_of(system).colour
+                )
+                continue
+            _bar(axes, row, centre, each, system, each * width_inches / len(groups) < _NARROW_INCHES)
+    axes.axhline(1, color=GREY, linewidth=0.8, zorder=1)
+    axes.set_xticks(range(len(groups)), groups)
+    axes.set_xlim(-0.5, len(groups) - 0.5)
+    axes.set_ylim(0, 1.12 * max([1.0, *cells["high"].dropna()]))
+    axes.tick_params(axis="x", length=0)
+    return figure, axes, [Patch(facecolor=look_of(system).colour) for system in systems], missing
+
+
+def _rows(cells: pd.DataFrame, groups: list[str], systems: list[str]) -> Drawn:
+    figure, (axes,) = new_figure(1.0 + _ROW_INCHES * len(groups), PAGE_INCHES)
+    missing: Missing = {}
+    handles: list[Artist] = []
+    for index, system in enumerate(systems):
+        look = look_of(system)
+        style: dict[str, Any] = {"color": look.colour, "marker": look.marker, "markersize": look.size(2.6)}
+        handles.append(Line2D([], [], linestyle="none", **style))
+        found = {row: _number(cells, group, system, missing) for row, group in enumerate(groups)}
+        numbers = pd.DataFrame({row: number for row, number in found.items() if number is not None}).T
+        if numbers.empty:
+            continue
+        ratios, lows, highs = (numbers[name].astype(float) for name in ("ratio", "low", "high"))
+        heights = numbers.index.to_numpy() + (index - (len(systems) - 1) / 2) * 0.5 / len(systems)
+        spread = [(ratios - lows).clip(lower=0), (highs - ratios).clip(lower=0)]
+        axes.errorbar(ratios, heights, xerr=spread, linestyle="none", elinewidth=0.6, zorder=3, **style)
+        axes.axvline(float(np.exp(np.log(ratios).mean())), color=look.colour, linewidth=0.8, linestyle="--", zorder=2)
+    axes.axvline(1, color=GREY, linewidth=0.8, zorder=1)
+    alike = len({group.partition("\n")[2] for group in groups}) == 1
+    names = [group.partition("\n")[0] if alike else group.replace("\n", ", ") for group in groups]
+    axes.set_yticks(range(len(groups)), names, fontsize=SMALL_POINTS)
+    axes.set_ylim(len(groups) - 0.4, -0.6)
+    axes.tick_params(axis="y", length=0)
+    return figure, axes, handles, missing
 
 
 def _bar(axes: Axes, row: pd.Series, centre: float, width: float, system: str, narrow: bool) -> None:
