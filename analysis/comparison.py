@@ -172,6 +172,7 @@ def compare(run_dirs: Sequence[Path], samples_dir: Path | None, baseline: str = 
         if (system, seed) not in present and (system, None) not in present
     ]
     table, sample_problems, sample_seeds = checks.check_samples(samples, systems)
+    stopped = str(samples.metadata.get("stopped", ""))
     return Comparison(
         systems=systems,
         implementations=checks.implementations(systems, loaded, samples),
@@ -183,12 +184,12 @@ def compare(run_dirs: Sequence[Path], samples_dir: Path | None, baseline: str = 
         run_seeds=run_seeds,
         sample_seeds=sample_seeds,
         levels=checks.levels(loaded, table),
-        timed_step=checks.timed_step(table),
+        timed_step="; ".join(told for told in (checks.timed_step(table), stopped) if told),
         kind=kind,
         ranks=next((run.ranks for run in loaded if run.ranks), ""),
         cluster=cluster,
         emulation=emulation,
-        notes=checks.differences(done),
+        notes=[*checks.differences(done), *([f"The timing was stopped: {stopped}."] if stopped else [])],
     )
 
 

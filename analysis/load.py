@@ -79,7 +79,7 @@ class Run:
         return []
 
     def declared(self, key: str) -> str:
-        """`cluster` (its name) or `emulation` as manifest.json or config.yaml declare it; "" when neither does."""
+        """`cluster` (its name), `emulation` or `device` as manifest.json or config.yaml say; "" when neither does."""
         field_name = "name" if key == "cluster" else key
         return next((str(cluster[field_name]) for cluster in self._clusters() if cluster.get(field_name)), "")
 

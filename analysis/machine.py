@@ -30,8 +30,8 @@ def _hardware(run: Run) -> str:
     hardware = run.manifest.get("hardware", {})
     gpus = Counter(str(gpu).partition(",")[0] for gpu in hardware.get("gpus") or [])
     if gpus:
-        idle = run.manifest.get("num_machines", 1) == 1 and 0 < run.num_ranks < sum(gpus.values())
-        told = f"{run.num_ranks} of " if idle else ""  # a rank has one
+        alone = len(gpus) == 1 and run.manifest.get("num_machines", 1) == 1 and run.declared("device") == "cuda"
+        told = f"{run.num_ranks} of " if alone and 0 < run.num_ranks < sum(gpus.values()) else ""  # a rank has one
         return told + " and ".join(f"{count} x {name}" for name, count in gpus.items())
     if not hardware:
         return f"{UNKNOWN} hardware"

@@ -117,9 +117,10 @@ class BenchRun:
         self.dir.set_status("done", "; ".join(f"{system} {part}" for system, part in failed.items()))
         self.dir.journal.unlink(missing_ok=True)
 
-    def write_table(self, rows: Sequence[Sequence[Any]]) -> None:
-        """Write samples.parquet, and no status."""
+    def write_table(self, rows: Sequence[Sequence[Any]], stopped: str = "") -> None:
+        """Write samples.parquet, and no status; `stopped` says what of it is there after a stop."""
         shapes = self.config.shapes if isinstance(self.config, LayerRunConfig) else []
         sizes = {"shapes": {shape.name: shape.model_dump(exclude={"name"}) for shape in shapes}} if shapes else {}
-        footer = footer_of("measured", cluster_from(self.config.cluster), run_id=run_id(self.config), **sizes)
+        told = {"stopped": stopped} if stopped else {}
+        footer = footer_of("measured", cluster_from(self.config.cluster), run_id=run_id(self.config), **sizes, **told)
         write_table(self.samples_path, SampleRow, rows, footer)

@@ -3,7 +3,7 @@
 Trains every system with every seed on the same text, times whole training steps of all systems in turn in one process
 group, and writes table and figures to outputs/compare/. Each is timed going on from its own last checkpoint
 (`timing.weights=initial`: from the first weights, which all share). A stop amid the timed rounds keeps those that were
-timed: table and figures are made of them, and say how many; the same command times all rounds anew.
+timed: table and figures are made of them, and captions say how many; the same command times all rounds anew.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def _keep_rounds(config: CompareConfig, timing: BenchRun) -> str:
             writer = SampleWriter(*cell, seed)
             writer.add_status("missing", f"not timed before the stop; {told}")
             rows += writer.rows
-    timing.write_table(rows)
+    timing.write_table(rows, stopped=told)
     timing.dir.set_status(status.status, f"{status.reason}; {told}")
     return told
 

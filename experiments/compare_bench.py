@@ -71,9 +71,12 @@ def time_training(payload: dict[str, Any], info: RankInfo) -> list[list[Any]] | 
         if stop_agreed(info):
             return None
         cells = [(run, where) for run, where in zip(config.runs(), run_dirs, strict=True) if run.seed == seed]
-        told, num_rounds = _time_seed(cells, config, mesh, payload["failed"], tell, lambda: stop_agreed(info))
-        if info.rank == 0 and num_rounds:
-            append_samples(journal, ["times", str(seed)], told)
+
+        def keep(rows: list[list[Any]], seed: int = seed) -> None:
+            if info.rank == 0:
+                append_samples(journal, ["times", str(seed)], rows)
+
+        told, num_rounds = _time_seed(cells, config, mesh, payload["failed"], tell, lambda: stop_agreed(info), keep)
         if num_rounds < config.timing.rounds:
             return None
         rows += told
@@ -90,8 +93,10 @@ def _time_seed(
     failed: dict[str, str],
     tell: Callable[[Phase], None],
     stop: Callable[[], bool],
+    keep: Callable[[list[list[Any]]], None],
 ) -> tuple[list[list[Any]], int]:
-    """Sample rows of one seed, and how many rounds were timed: after a stop fewer than asked for."""
+    """Sample rows of one seed, and how many rounds were timed: after a stop fewer than asked for. `keep` is told of
+    them as soon as steps are timed, and again of all."""
     writers, trainees = [], []
     expected: Observed | None = None
     trained = config.timing.weights == "trained"
@@ -134,12 +139,18 @@ def _time_seed(
     num_rounds = min((len(seconds) for seconds in times.values()), default=timing.rounds)
     if not num_rounds:
         return [], 0
+
+    def rows() -> list[list[Any]]:
+        return [list(row) for writer in writers for row in writer.rows]
+
     for trainee in trainees:
         trainee.writer.add("step_time", times[trainee.writer.key[0]], "s")
         trainee.writer.add("trained_steps", [trainee.trained_steps], "steps", config.timing.weights)
-        # Little time is left after a stop.
+    keep(rows())
+    for trainee in trainees:  # little time is left after a stop
         _add_observations(trainee, config, mesh, STAGE_ROUNDS if num_rounds == timing.rounds else 1)
-    return [list(row) for writer in writers for row in writer.rows], num_rounds
+    keep(rows())
+    return rows(), num_rounds
 
 
 def _trainee(run: RunConfig, trained_steps: int, mesh: Mesh, writer: SampleWriter) -> Trainee:

@@ -32,9 +32,6 @@ from moe.topology import Cluster
 LAYERS: dict[str, type[PipelinedMoE]] = {"expert_choice": ExpertChoiceMoE, "soft": SoftMoE}
 """By gate, where it is no plain pipelined layer."""
 
-LEAST_GAIN = 0.05
-"""Share of a layer's time that more chunks must be predicted to save (ours)."""
-
 
 class Options(PipelinedOptions):
     """Options of conf/system/fsmoe.yaml, beside those of `PipelinedOptions`.
@@ -92,7 +89,7 @@ class FSMoE(PipelinedSystem):
     def schedule(self) -> Schedule:
         """The paper's, or its ablation's."""
         name, one_link = self.options.schedule, self.options.schedule == "fsmoe_no_iio"
-        planner = partial(plan_fsmoe, one_link=one_link, whole_step=True, least_gain=LEAST_GAIN)
+        planner = partial(plan_fsmoe, one_link=one_link, whole_step=True)
         pipeline = partial(fsmoe_pipeline, in_node=INTER if one_link else INTRA)
         return Schedule(name, planner, pipeline, self.options.slices)
 

@@ -9,9 +9,8 @@ the two links: with it some small layers are faster without the overlap, and whe
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 
-from methods.fsmoe_partition import BackwardLayer, all_reduce_s, in_whole_pairs, partition
+from methods.fsmoe_partition import BackwardLayer, in_whole_pairs, partition
 from methods.fsmoe_solver import best_degree
 from moe.schedules import Builder, LayerPlan, LayerTimes, LayerWork, StepPlan, layer_times, planned
 from moe.simulator import Costs
@@ -38,7 +37,6 @@ def plan_fsmoe(
     carried_bytes: float = 0.0,
     one_link: bool = False,
     whole_step: bool = False,
-    least_gain: float = 0.0,
 ) -> StepPlan:
     """The paper's plan of a step.
 
@@ -49,7 +47,6 @@ def plan_fsmoe(
         one_link: collectives in the node wait for those between nodes.
         whole_step: what is carried belongs to this step, as a language model's head does; else the step is one period
             of many, and the first layer's gradient is the next one's.
-        least_gain: share of a layer's time that more chunks must save (`best_degree`).
     """
 
     def times(work: LayerWork, backward: bool) -> LayerTimes:
@@ -63,16 +60,11 @@ def plan_fsmoe(
     if carried_bytes and not whole_step:
         backward[-1] = BackwardLayer(backward[-1].times, backward[-1].dense_s, 0.0)
     made = in_whole_pairs(partition(backward, costs["all_reduce"], carried_bytes))
-    degree = partial(best_degree, least_gain=least_gain)
-    plans = []
-    for work, layer, moe_bytes, dense_bytes in zip(
-        reversed(layers), backward, made.moe_bytes, made.dense_bytes, strict=True
-    ):
-        degrees = (
-            degree(times(work, backward=False)).degree,
-            degree(layer.times, all_reduce_s(moe_bytes, costs["all_reduce"])).degree,
-        )
-        plans.append(LayerPlan(*degrees, moe_bytes, dense_bytes))
+    slices = zip(made.degrees, made.moe_bytes, made.dense_bytes, strict=True)
+    plans = [
+        LayerPlan(best_degree(times(work, backward=False)).degree, degree, moe_bytes, dense_bytes)
+        for work, (degree, moe_bytes, dense_bytes) in zip(reversed(layers), slices, strict=True)
+    ]
     return StepPlan(tuple(plans[::-1]), tail_bytes=made.tail_bytes, one_link=one_link)
 
 

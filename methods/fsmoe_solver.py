@@ -133,22 +133,18 @@ def case_of(times: LayerTimes, degree: int, slice_s: float = 0.0) -> int:
     raise AssertionError(f"no case of {times} at r={degree}, G={slice_s}")
 
 
-def best_degree(
-    times: LayerTimes, slice_s: float = 0.0, degrees: Sequence[int] = DEGREES, least_gain: float = 0.0
-) -> Choice:
+def best_degree(times: LayerTimes, slice_s: float = 0.0, degrees: Sequence[int] = DEGREES) -> Choice:
     """The degree of least max(f1, ..., f4), by trying all; of equally good ones the first.
 
     Args:
         times: of the layer in one direction.
         slice_s: G.
         degrees: r to choose from, each >= 1.
-        least_gain: how far from the least, as a share of it, is as good (ours, 0 in the paper): costs are known to some
-            percent, and a chunk takes the host time that is in none of them.
     """
     assert degrees and min(degrees) >= 1, degrees
     seconds = layer_s(times, np.array(degrees, dtype=np.float64), slice_s)
-    first = int((seconds <= (1 + least_gain) * seconds.min()).argmax())
-    return Choice(degrees[first], float(seconds[first]), case_of(times, degrees[first], slice_s))
+    degree = degrees[int(seconds.argmin())]
+    return Choice(degree, float(seconds.min()), case_of(times, degree, slice_s))
 
 
 def slsqp_degree(

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -25,6 +24,11 @@ from moe.experts import GroupedExperts
 from moe.schedules import COMPUTE, LayerPlan, LayerWork, Pipeline
 from moe.simulator import MEASURED, Program, Task
 from moe.streams import Action, TaskRunner
+
+Tasks = tuple[tuple[Task, ...], tuple[int, ...]]
+"""Of a direction, in launch order, and the last one of each chunk."""
+
+_MOST_KEPT = 64
 
 Slice = Callable[[int], dist.Work | None]
 """Starts the all-reduce of the slice of gradient that a layer's plan puts in the middle of its backward."""
@@ -71,7 +75,7 @@ class ExpertPipeline(nn.Module):
     def __init__(self, experts: GroupedExperts, links: Links, pipeline: Pipeline, runner: TaskRunner) -> None:
         super().__init__()
         self.experts, self.links, self.pipeline, self.runner = experts, links, pipeline, runner
-        self._tasks = lru_cache(maxsize=64)(self._written)
+        self._written: dict[tuple[int, LayerWork, LayerPlan, bool], Tasks] = {}
 
     def forward(self, copies_SM: Tensor, call: Call) -> Tensor:
         """Copies [S, M], in the chunks of the forward pass, to their experts' outputs [S, M]. Collective."""
@@ -92,14 +96,17 @@ class ExpertPipeline(nn.Module):
         tasks, last = self._tasks(call.layer, call.work, call.plan, backward)
         self.runner.run(tasks, actions | {"experts": telling}, last)
 
-    def _written(
-        self, layer: int, work: LayerWork, plan: LayerPlan, backward: bool
-    ) -> tuple[list[Task], tuple[int, ...]]:
-        """The tasks of a direction, and the last one of each chunk."""
-        program = Program()
-        base = Task("mixture", COMPUTE, MEASURED, 0.0, layer=layer, backward=backward)
-        last = self.pipeline(program, base, work, plan)
-        return program.tasks, last
+    def _tasks(self, *asked: *tuple[int, LayerWork, LayerPlan, bool]) -> Tasks:
+        """Of a layer, its work and plan, in one direction; those of the last few that were asked for are kept."""
+        if asked not in self._written:
+            if len(self._written) == _MOST_KEPT:
+                self._written.clear()
+            layer, work, plan, backward = asked
+            program = Program()
+            base = Task("mixture", COMPUTE, MEASURED, 0.0, layer=layer, backward=backward)
+            last = self.pipeline(program, base, work, plan)
+            self._written[asked] = tuple(program.tasks), last
+        return self._written[asked]
 
 
 @dataclass
@@ -118,13 +125,14 @@ class _Kept:
 
     def cut_anew(self, places: Tensor, chunks: Chunks) -> _Kept:
         """The same rows in other chunks: where each row lies, by its place there."""
-        sizes = [sum(rows.experts) for rows in chunks.rows]
+        indices = places.split([sum(rows.experts) for rows in chunks.rows])
 
         def cut(parts: list[Tensor | None]) -> list[Tensor | None]:
             found = [part for part in parts if part is not None]
-            parts.clear()
             whole = found[0] if len(found) == 1 else torch.cat(found)
-            return [*ops.gather_rows(whole, places).split(sizes)]
+            parts.clear()
+            found.clear()
+            return [ops.gather_rows(whole, index) for index in indices]
 
         return _Kept(cut(self.rows), cut(self.hidden))
 

@@ -17,7 +17,6 @@ sends, n ranks that share experts, A = n P sources of copies, R copies that a ra
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import lcm
@@ -102,7 +101,8 @@ class Chunks:
         sizes_rAL = self._node_rnPL.reshape(self.degree, *queues.computed_AL.shape)
         arrived, by_expert = (_first_rows(sizes_rAL, self.degree, order) for order in (AS_SENT, BY_EXPERT))
         begins = np.broadcast_to(arrived[:, :1, :1], arrived.shape)
-        return queues.laid((arrived, by_expert, sizes_rAL, begins), queues.num_computed, queues.num_computed)
+        pieces_4N = _stacked(arrived, by_expert, sizes_rAL, begins)
+        return queues.laid(pieces_4N, queues.num_computed, queues.num_computed)
 
     def gathered_orders(self, chunk: int) -> tuple[Tensor, Tensor]:
         """For a chunk's rows that were gathered in the node, each rank's padded to n equal parts.
@@ -114,8 +114,8 @@ class Chunks:
         sizes_nQ = sizes_nPL.reshape(len(sizes_nPL), -1)
         gathered_nQ = sizes_nQ.cumsum(1) - sizes_nQ + np.arange(len(sizes_nQ))[:, None] * rows.padded
         by_expert = _first_rows(sizes_nPL.reshape(1, *queues.computed_AL.shape), 1, BY_EXPERT)
-        pieces = (gathered_nQ, by_expert, sizes_nQ, np.zeros_like(sizes_nQ))
-        return queues.laid(pieces, len(rows.node) * rows.padded, sum(rows.node))
+        pieces_4N = _stacked(gathered_nQ, by_expert, sizes_nQ, np.zeros_like(sizes_nQ))
+        return queues.laid(pieces_4N, len(rows.node) * rows.padded, sum(rows.node))
 
 
 class Queues:
@@ -148,10 +148,10 @@ class Queues:
         if degree == 1:
             return self.order, self.inverse_TK
         sizes_rPL = _parts(self.send_PL, degree)
-        pieces = [_first_rows(sizes_rPL, degree, order) for order in (AS_QUEUED, AS_SENT)]
-        pieces += [sizes_rPL, np.zeros_like(sizes_rPL)]
-        dropped = np.array([self.num_sent, self.num_sent, 1, 0])  # stay behind all others
-        of_chunks, chunked = self.laid(pieces, self.num_sent + 1, self.num_sent + 1, dropped)
+        queued, sent = (_first_rows(sizes_rPL, degree, order) for order in (AS_QUEUED, AS_SENT))
+        dropped = [self.num_sent, self.num_sent, 1, 0]  # stay behind all others
+        pieces_4N = np.column_stack([_stacked(queued, sent, sizes_rPL, np.zeros_like(sizes_rPL)), dropped])
+        of_chunks, chunked = self.laid(pieces_4N, self.num_sent + 1, self.num_sent + 1)
         return self.order[of_chunks[: self.num_sent]], chunked[self.inverse_TK]
 
     def moved(self, before: int, after: int) -> tuple[tuple[Tensor, Tensor], Tensor] | None:
@@ -168,7 +168,7 @@ class Queues:
             sizes = _parts(counts_QL, lcm(before, after))  # each lies in a row in both
             places = [_first_rows(sizes, degree, order) for degree in (before, after)]
             num_rows = int(counts_QL.sum())
-            found.append(self.laid((*places, sizes, np.zeros_like(sizes)), num_rows, num_rows))
+            found.append(self.laid(_stacked(*places, sizes, np.zeros_like(sizes)), num_rows, num_rows))
         return found[0], found[1][0]
 
     def tensor(self, numbers: NDArray[Any]) -> Tensor:
@@ -176,13 +176,8 @@ class Queues:
         told = torch.from_numpy(numbers)
         return told.pin_memory().to(self.order.device, non_blocking=True) if self.order.is_cuda else told
 
-    def laid(
-        self, pieces: Sequence[Counts], num_here: int, num_there: int, last_4: Counts | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """As `moe.ops.lay_pieces`, of four arrays of one size, and of one more piece."""
-        pieces_4N = np.stack([numbers.ravel() for numbers in pieces])
-        if last_4 is not None:
-            pieces_4N = np.column_stack([pieces_4N, last_4])
+    def laid(self, pieces_4N: Counts, num_here: int, num_there: int) -> tuple[Tensor, Tensor]:
+        """As `moe.ops.lay_pieces`, on the device of the copies."""
         return ops.lay_pieces(pieces_4N, num_here, num_there, self.order.device)
 
 
@@ -213,6 +208,11 @@ def exchange_counts(
     send_PL, *node_nPL = told.reshape(len(told), group.size(), -1)
     inverse_TK, place = inverse.view_as(routing.expert_ids_TK), 0 if node is None else node.rank()
     return Queues(order, inverse_TK, send_PL, np.stack(node_nPL), place)
+
+
+def _stacked(*numbers: Counts) -> Counts:
+    """Arrays of as many numbers, each a row."""
+    return np.stack([each.ravel() for each in numbers])
 
 
 def _slices(counts_rN: Counts) -> list[slice]:

@@ -320,10 +320,12 @@ def test_a_legend_without_labels_is_none() -> None:
 def test_captions_name_the_hardware_of_the_runs(tmp_path: Path) -> None:
     run = write_run(tmp_path, "flat", 0)
     manifest = json.loads((run / "manifest.json").read_text())
-    for num_gpus, told in ((2, "2"), (4, "4"), (8, "4 of 8")):
-        hardware = {"gpus": ["NVIDIA H200, 139 GiB"] * num_gpus}
-        (run / "manifest.json").write_text(json.dumps(manifest | {"hardware": hardware}))
-        expected = f"On {told} x NVIDIA H200, cluster local_2x2 (4 gloo ranks"
+    for num_gpus, device, told in ((2, "cpu", "2"), (4, "cuda", "4"), (8, "cuda", "4 of 8"), (8, "cpu", "8")):
+        found = {"hardware": {"gpus": ["NVIDIA H200, 139 GiB"] * num_gpus}}
+        found["cluster"] = manifest["cluster"] | {"device": device}
+        (run / "manifest.json").write_text(json.dumps(manifest | found))
+        library = {"cpu": "gloo", "cuda": "NCCL"}[device]
+        expected = f"On {told} x NVIDIA H200, cluster local_2x2 (4 {library} ranks"
         assert where(compare([run], None)).startswith(expected)
         write(tmp_path / "out", [run], None)
         assert f"\nMeasured {expected.replace('On', 'on')}" in (tmp_path / "out" / "summary.md").read_text()

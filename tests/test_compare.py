@@ -370,6 +370,7 @@ def test_ranks_that_are_stopped_amid_the_rounds_keep_those_that_were_timed(
         assert has_number(summary, "flat", metric), metric
     assert summary["metric"].str.startswith("stage_time/").any()
     assert drawn == ["loss", "throughput", "bytes", "stages"]
+    assert f"The timing was stopped: {told}." in (tmp_path / "compare" / "summary.md").read_text()
     assert f"{told}; the same command times all of them anew\nwritten: " in capfd.readouterr().out
 
     code, summary = command(*compared)

@@ -105,23 +105,54 @@ def test_queues_are_cut_into_nearly_equal_parts_that_lie_by_chunk(send: list[lis
     assert inverse_TK[-1, 0] == len(in_order), "the dropped copy"
 
 
-@given(some_counts, st.integers(1, 9))
-def test_received_rows_go_into_the_order_of_the_experts_and_back(receive: list[list[int]], degree: int) -> None:
-    chunks = queues_of(receive, receive).chunks(degree)
-    for rows, arrived, ends in zip(chunks.rows, chunk_rows(receive, degree), chunks.expert_ends.tolist(), strict=True):
+@st.composite
+def sends_and_receives(draw: st.DrawFn) -> tuple[list[list[int]], list[list[list[int]]], int]:
+    """What a rank sends, what each rank of its node receives, and its place there."""
+    num_ranks, num_experts, num_shards = draw(st.integers(1, 4)), draw(st.integers(1, 4)), draw(st.integers(1, 3))
+    row = st.lists(st.integers(0, 20), min_size=num_experts, max_size=num_experts)
+    counts = st.lists(row, min_size=num_ranks, max_size=num_ranks)
+    node = draw(st.lists(counts, min_size=num_shards, max_size=num_shards))
+    return draw(counts), node, draw(st.integers(0, num_shards - 1))
+
+
+@given(sends_and_receives(), st.integers(1, 9))
+def test_received_rows_go_into_the_order_of_the_experts_and_back(
+    drawn: tuple[list[list[int]], list[list[list[int]]], int], degree: int
+) -> None:
+    send, node, place = drawn
+    order = torch.arange(np.array(send).sum())
+    chunks = Queues(order, order.unsqueeze(1), np.array(send), np.array(node), place).chunks(degree)
+    receive, num_experts = node[place], len(send[0])
+    for index, (rows, leaving, arrived) in enumerate(
+        zip(chunks.rows, chunk_rows(send, degree), chunk_rows(receive, degree), strict=True)
+    ):
+        of_node = [chunk_rows(each, degree)[index] for each in node]
+        # Rows of the node lie by its ranks, whose names go behind those of the ranks before them.
+        together = [
+            (shard * len(receive) + rank, expert, row)
+            for shard, each in enumerate(of_node)
+            for rank, expert, row in each
+        ]
+        padded: list[Row | None] = []
+        for shard, each in enumerate(of_node):
+            start = sum(map(len, of_node[:shard]))
+            padded += [*together[start : start + len(each)], *[None] * (rows.padded - len(each))]
+        in_order, out_of_it = (found.tolist() for found in chunks.gathered_orders(index))
+        assert [padded[place] for place in in_order] == by_expert(together)
+        assert [by_expert(together)[place] if place < len(together) else None for place in out_of_it] == padded
         if chunks.orders is None:
-            assert by_expert(arrived) == arrived
+            assert by_expert(together) == together
         else:
-            order, inverse = (orders[rows.receive_part].tolist() for orders in chunks.orders)
-            assert [arrived[index] for index in order] == by_expert(arrived)
-            assert [by_expert(arrived)[index] for index in inverse] == arrived
-        num_experts = len(receive[0])
-        assert rows.experts == [sum(row[1] == expert for row in arrived) for expert in range(num_experts)]
-        assert ends == [sum(rows.experts[: expert + 1]) for expert in range(num_experts)]
+            order_R, inverse_R = (orders[rows.expert_part].tolist() for orders in chunks.orders)
+            assert [together[place] for place in order_R] == by_expert(together)
+            assert [by_expert(together)[place] for place in inverse_R] == together
+        assert rows.experts == [sum(row[1] == expert for row in together) for expert in range(num_experts)]
+        assert chunks.expert_ends[index].tolist() == [sum(rows.experts[: last + 1]) for last in range(num_experts)]
+        assert rows.node == list(map(len, of_node))
         assert rows.receive == [sum(row[0] == rank for row in arrived) for rank in range(len(receive))]
-        assert rows.send == rows.receive
-        assert rows.send_part == rows.receive_part == rows.expert_part
-        assert rows.send_part.stop - rows.send_part.start == len(arrived)
+        assert rows.send == [sum(row[0] == rank for row in leaving) for rank in range(len(send))]
+        parts = (rows.send_part, rows.receive_part, rows.expert_part)
+        assert [part.stop - part.start for part in parts] == list(map(len, (leaving, arrived, together)))
 
 
 @given(some_counts, st.integers(1, 8), st.integers(1, 8))

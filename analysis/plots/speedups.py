@@ -78,9 +78,11 @@ def speedups_figure(
     heading = f"{quantity}\n{baseline}"
     if by_row:
         axes.set_xlabel(heading.replace("\n", " "))
-        means = table.dropna(subset=["ratio"]).groupby("system")["ratio"].apply(lambda own: np.exp(np.log(own).mean()))
+        means, num_cases = _means(table)
         labels |= {system: f"{labels[system]}, mean {significant(mean, 3)}" for system, mean in means.items()}
-        told += " Lines: geometric means over all cases with a number."
+        for system, mean in means.items():
+            axes.axvline(mean, color=look_of(str(system)).colour, linewidth=0.8, linestyle="--", zorder=2)
+        told += f" Lines: geometric means over the {num_cases} cases in which all have a number."
     else:
         axes.set_ylabel(heading)
     panel(axes, title, kind, grid="x" if by_row else "y")
@@ -89,10 +91,16 @@ def speedups_figure(
     caption(
         figure,
         told,
-        f"No number (x): {'; '.join(without)}." if without else "",
+        f"No number{'' if by_row else ' (x)'}: {'; '.join(without)}." if without else "",
         where,
     )
     return figure
+
+
+def _means(table: pd.DataFrame) -> tuple[dict[str, float], int]:
+    """Each system's geometric mean over the cases in which all have a number, and how many these are."""
+    ratios = table.pivot(index="group", columns="system", values="ratio").dropna()
+    return {str(system): float(np.exp(np.log(ratios[system]).mean())) for system in ratios if len(ratios)}, len(ratios)
 
 
 Missing = dict[tuple[str, str], list[str]]
@@ -151,7 +159,6 @@ def _rows(cells: pd.DataFrame, groups: list[str], systems: list[str]) -> Drawn:
         heights = numbers.index.to_numpy() + (index - (len(systems) - 1) / 2) * 0.5 / len(systems)
         spread = [(ratios - lows).clip(lower=0), (highs - ratios).clip(lower=0)]
         axes.errorbar(ratios, heights, xerr=spread, linestyle="none", elinewidth=0.6, zorder=3, **style)
-        axes.axvline(float(np.exp(np.log(ratios).mean())), color=look.colour, linewidth=0.8, linestyle="--", zorder=2)
     axes.axvline(1, color=GREY, linewidth=0.8, zorder=1)
     alike = len({group.partition("\n")[2] for group in groups}) == 1
     names = [group.partition("\n")[0] if alike else group.replace("\n", ", ") for group in groups]
