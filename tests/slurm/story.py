@@ -194,7 +194,8 @@ def unplugged(world: World) -> None:
     two_nodes = ("--nodes", "2", "--tasks-per-node", "1", *SMALL[4:])
     cut = world.folder / "cut"
     acts = {"0": {"rank": 0, "act": "wait", "until": str(cut)}}
-    told = world.overrides("unplugged", "seed=0", "trainer.timeout_s=300")  # the watchdog is to say it
+    # The watchdog is to say it, and has no limit while a run validates.
+    told = world.overrides("unplugged", "seed=0", "trainer.timeout_s=300", "trainer.val_every=100")
     world.sweep("unplugged", *told, *two_nodes, acts=acts)
     world.wait_for_step(world.run("unplugged"))
     with world.slurm.unplugged(1):
