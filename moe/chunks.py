@@ -20,7 +20,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 from math import lcm
-from typing import Any
 
 import numpy as np
 import torch
@@ -89,7 +88,7 @@ class Chunks:
     @cached_property
     def expert_ends(self) -> Tensor:
         """[r, L] int32, the row behind each expert's last, from the chunk's first."""
-        return self.queues.tensor(self._ends_rL.astype(np.int32))
+        return ops.on_device(self._ends_rL.astype(np.int32), self.queues.order.device)
 
     @cached_property
     def orders(self) -> tuple[Tensor, Tensor] | None:
@@ -170,11 +169,6 @@ class Queues:
             num_rows = int(counts_QL.sum())
             found.append(self.laid(_stacked(*places, sizes, np.zeros_like(sizes)), num_rows, num_rows))
         return found[0], found[1][0]
-
-    def tensor(self, numbers: NDArray[Any]) -> Tensor:
-        """On the device of the copies; the host waits for nothing."""
-        told = torch.from_numpy(numbers)
-        return told.pin_memory().to(self.order.device, non_blocking=True) if self.order.is_cuda else told
 
     def laid(self, pieces_4N: Counts, num_here: int, num_there: int) -> tuple[Tensor, Tensor]:
         """As `moe.ops.lay_pieces`, on the device of the copies."""

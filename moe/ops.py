@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from importlib.util import find_spec
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import torch
@@ -151,13 +152,18 @@ def lay_pieces(
     pieces_4N = np.ascontiguousarray(pieces_4N[:, pieces_4N[2] > 0])
     here, there, sizes, begins = pieces_4N
     if device.type == "cuda" and HAS_TRITON:
-        told = torch.from_numpy(pieces_4N).pin_memory().to(device, non_blocking=True)
-        return kernels().lay_pieces(told, int(sizes.max(initial=0)), num_here, num_there)
+        return kernels().lay_pieces(on_device(pieces_4N, device), int(sizes.max(initial=0)), num_here, num_there)
     rows = np.arange(sizes.sum()) - (sizes.cumsum() - sizes).repeat(sizes)
     here, there, begins = here.repeat(sizes) + rows, there.repeat(sizes) + rows, begins.repeat(sizes)
     here_of, there_of = np.empty(num_there, dtype=np.int64), np.full(num_here, num_there)
     here_of[there], there_of[here] = here - begins, there - begins
-    return torch.from_numpy(here_of).to(device), torch.from_numpy(there_of).to(device)
+    return on_device(here_of, device), on_device(there_of, device)
+
+
+def on_device(numbers: NDArray[Any], device: torch.device) -> Tensor:
+    """An array of the host on a device; of a GPU the host waits for nothing, since it goes from pinned memory."""
+    told = torch.from_numpy(numbers)
+    return told.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else told
 
 
 def inverse_of(order: Tensor, length: int) -> Tensor:
