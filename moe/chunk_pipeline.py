@@ -29,6 +29,7 @@ Tasks = tuple[tuple[Task, ...], tuple[int, ...]]
 """Of a direction, in launch order, and the last one of each chunk."""
 
 _MOST_KEPT = 64
+"""Programs of a layer: one for each direction and number of tokens, which in training are a few."""
 
 Slice = Callable[[int], dist.Work | None]
 """Starts the all-reduce of the slice of gradient that a layer's plan puts in the middle of its backward."""
@@ -97,7 +98,7 @@ class ExpertPipeline(nn.Module):
         self.runner.run(tasks, actions | {"experts": telling}, last)
 
     def _tasks(self, *asked: *tuple[int, LayerWork, LayerPlan, bool]) -> Tasks:
-        """Of a layer, its work and plan, in one direction; those of the last few that were asked for are kept."""
+        """Of a layer, its work and plan, in one direction; written when first asked for."""
         if asked not in self._written:
             if len(self._written) == _MOST_KEPT:
                 self._written.clear()

@@ -43,8 +43,8 @@ _NARROW_INCHES = 0.28
 """Below this a bar has no room for more than two decimals."""
 
 THROUGHPUT = (
-    "Ratios of medians over interleaved rounds with 95 % bootstrap intervals, paired by seed and round; each group of "
-    "bars is a comparison of its own."
+    "Ratios of medians over interleaved rounds with 95 % bootstrap intervals, paired by seed and round; each group is "
+    "a comparison of its own."
 )
 
 
