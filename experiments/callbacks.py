@@ -24,6 +24,7 @@ from experiments.module import LanguageModel
 from experiments.progress_log import Phase, ProgressLog
 from experiments.ranks import RankInfo
 from experiments.results import MetricRow, RunDir
+from experiments.schemas import TrainerConfig
 from experiments.timing import synchronise
 from moe.mesh import Mesh
 from moe.metering import CLASSES, LinkMeter
@@ -131,7 +132,7 @@ class Recorder(L.Callback):
         if last or done % trainer_config.log_every == 0:
             self._note(module, done)
         full = len(self._pending) >= self._gather_after
-        if self._pending and (full or last or done % trainer_config.checkpoint_every == 0):
+        if self._pending and (full or last or is_checkpoint_due(trainer_config, done)):
             started = time.perf_counter()
             self._gather(len(module.losses.moe))
             self._interval_start += (
@@ -339,8 +340,13 @@ class Validator(L.Callback):
         return float(mean) / self.mesh.world_size
 
 
+def is_checkpoint_due(config: TrainerConfig, done: int) -> bool:
+    """Every `checkpoint_every` steps and after the last one; with None never."""
+    return config.checkpoint_every is not None and (done == config.max_steps or done % config.checkpoint_every == 0)
+
+
 class Checkpointer(L.Callback):
-    """Metrics, then a checkpoint, every `checkpoint_every` steps, after the last step, and when a stop is asked for."""
+    """Metrics, then a checkpoint, when one is due and when a stop is asked for; metrics after the last step anyway."""
 
     def __init__(self, config: RunConfig, recorder: Recorder) -> None:
         self.config, self.recorder = config, recorder
@@ -349,11 +355,12 @@ class Checkpointer(L.Callback):
         self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Save when it is time. Collective."""
-        done, every = trainer.global_step, self.config.trainer.checkpoint_every
-        last = done == self.config.trainer.max_steps
-        if last or self.recorder.stopped or done % every == 0:
+        done, last = trainer.global_step, trainer.global_step == self.config.trainer.max_steps
+        if self.recorder.stopped or is_checkpoint_due(self.config.trainer, done):
             with self.recorder.paused(done, "saving"):
                 self._save(trainer, done, keep=1 if last else 2)
+        elif last:
+            self.recorder.flush()
         if self.recorder.stopped:
             trainer.should_stop = True
 

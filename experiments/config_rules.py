@@ -85,7 +85,7 @@ def rules_of(kind: str, values: Values) -> list[Problem]:
     if kind in ("layer", "compare"):
         found += _one_label_each(values)
     if kind == "compare":
-        found += _no_repeats(values, "seeds")
+        found += [*_no_repeats(values, "seeds"), *_timing(values)]
     if kind == "layer":
         found += [*_shapes(values), *_workload(values)]
     if kind == "comm":
@@ -139,6 +139,14 @@ def _model(values: Values) -> Iterator[Problem]:
 def _trainer(values: Values) -> Iterator[Problem]:
     yield from _over_ranks(values, "trainer.global_batch_size")
     yield from _at_most(values, "trainer.warmup_steps", "trainer.max_steps")
+
+
+def _timing(values: Values) -> Iterator[Problem]:
+    trainer = values.raw("trainer")
+    without = isinstance(trainer, Mapping) and trainer.get("checkpoint_every", 1) is None
+    if without and values.raw("timing.weights") == "trained":
+        rule = "needs each run's last checkpoint, but trainer.checkpoint_every is null"
+        yield Problem("timing.weights", "trained", rule, "timing.weights=initial, or trainer.checkpoint_every=50")
 
 
 def _shapes(values: Values) -> Iterator[Problem]:

@@ -155,6 +155,17 @@ def test_a_workload_has_room_for_so_many_choices() -> None:
     assert found.fix == "set shapes.0.top_k to 64 or less"
 
 
+def test_trained_weights_need_checkpoints() -> None:
+    without = {"trainer.checkpoint_every": None}
+    (found,) = problems("compare", without)
+    assert (found.key, found.rule) == (
+        "timing.weights",
+        "needs each run's last checkpoint, but trainer.checkpoint_every is null",
+    )
+    assert run_config(without).trainer.checkpoint_every is None
+    assert load("compare", config("compare", {**without, "timing.weights": "initial"}))
+
+
 UNKNOWN_KEYS = [
     ("train", "num_experts", "did you mean model.num_experts?"),
     ("train", "model.num_expert", "did you mean model.num_experts?"),

@@ -107,6 +107,16 @@ def test_checkpoints_and_validations_between_logged_steps(config: Configure) -> 
     assert (routing["dispatch_counts"] == whole["dispatch_counts"][[3, 5]]).all()
 
 
+def test_without_checkpoints_everything_else_is_written(config: Configure) -> None:
+    straight, without = (
+        train(config("trainer.log_every=4")),
+        train(config("trainer.log_every=4", "trainer.checkpoint_every=null")),
+    )
+    assert not without.checkpoints.exists() or not list(without.checkpoints.iterdir())
+    assert repeatable(without) == repeatable(straight)
+    assert without.read_routing() is not None
+
+
 def test_what_is_noted_before_a_checkpoint_is_written_with_it(
     config: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
