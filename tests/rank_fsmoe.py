@@ -292,7 +292,22 @@ def profiles(mesh: Mesh, folder: Path) -> Facts:
             refused(torch.zeros(NUM_TOKENS, 32))
         except ConfigError as error:
             facts[name] = str(error)
+    facts["sent"] = sent_by_step(LayerSpec(32, 40, 8, 2, seed=3), mesh)
     return facts
+
+
+def sent_by_step(spec: LayerSpec, mesh: Mesh) -> list[list[Any]]:
+    """Bytes by level and class of two steps, the costs of the layer's modules being measured in the first."""
+    layer = FSMoE().build_layer(spec, mesh)
+    assert isinstance(layer, PipelinedMoE)
+    load_layer(layer)
+    sent = []
+    for _ in range(2):
+        meter = LinkMeter(mesh.cluster, mesh.rank)
+        with meter.installed():
+            step(layer, mesh)
+        sent.append(sorted([level, kind, count] for (level, kind), count in meter.sent.items()))
+    return sent
 
 
 PARTS: dict[str, Callable[[Mesh, Path], Facts]] = {

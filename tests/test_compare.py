@@ -6,6 +6,7 @@ Once with two real ranks; otherwise the only rank is this process (`tests.tiny.r
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import shutil
 import sys
@@ -22,6 +23,7 @@ from experiments import bench_run, cells, compare, compare_bench, registry
 from experiments.failures import RankFailure
 from experiments.launch import run_ranks
 from experiments.results import RunDir
+from experiments.samples import SampleRow
 from moe.layer import NativeMoE
 from moe.mesh import Mesh
 from moe.system import LayerSpec, MoELayer, System
@@ -365,6 +367,9 @@ def test_ranks_that_are_stopped_amid_the_rounds_keep_those_that_were_timed(
     told = "2 of 4 rounds were timed"
     reason = f"the run was interrupted: stopped by SIGINT; {told}"
     assert timing_in(tmp_path) == ("interrupted", reason, {"flat": [0, 1], "reference": [0, 1]})
+    journal = next(tmp_path.glob("compare-*/samples.jsonl")).read_text().split("\n\n")
+    at_once = {SampleRow(*row).metric for row in json.loads(journal[0])["rows"]}
+    assert at_once >= {"step_time", "tokens"}, "a second signal may leave no time for more"
     assert set(summary["status"]) == {"ok"}
     for metric in ("train_loss", "tokens_per_s", "tokens_per_s_ratio", "bytes/network/alltoall", "peak_memory"):
         assert has_number(summary, "flat", metric), metric

@@ -319,7 +319,9 @@ def test_gradients_that_are_sent_too_early_are_errors(facts: dict[str, list[Fact
 
 def test_every_module_is_measured_and_fitted(facts: dict[str, list[Facts]]) -> None:
     for found in facts["profiles"]:
-        assert found == facts["profiles"][0] | {"plan": found["plan"]}, "the ranks go by the same costs"
+        assert found == facts["profiles"][0] | {name: found[name] for name in ("plan", "sent")}, (
+            "the ranks go by the same costs"
+        )
         points, (exchanged_bytes, work) = found["points"], found["work"]
         outside, exchanged = {"outside", "outside_backward"}, {"all_to_all", "all_reduce", "gemm beside all_to_all"}
         assert set(points) == {"gemm", "gemm_backward"} | exchanged | outside
@@ -335,6 +337,13 @@ def test_every_module_is_measured_and_fitted(facts: dict[str, list[Facts]]) -> N
             assert found["costs"][name] == [fit.alpha_s / calls, fit.beta_s_per_byte, fit.r2]
         degree, path = found["plan"]
         assert degree in (1, 2, 4, 8) and f"chunks {degree} forward" in path
+
+
+def test_measuring_costs_sends_no_bytes_of_a_step(facts: dict[str, list[Facts]]) -> None:
+    for found in facts["profiles"]:
+        first, second = found["sent"]
+        assert first == second
+        assert sum(count for _, _, count in first) > 0
 
 
 def test_a_file_of_profiles_is_kept_by_shapes(facts: dict[str, list[Facts]]) -> None:
