@@ -67,13 +67,14 @@ def sums_of(parts: pd.DataFrame, wanted: Sequence[tuple[str, str]]) -> PerSeed:
 def breakdown(comparison: Comparison) -> pd.DataFrame:
     """Seconds of each of BREAKDOWN, of REST and of the whole `step`, mean over seeds: a row a system.
 
-    Only systems whose rounds were timed have one; what is in none of the parts is REST, 0 where they exceed the step.
+    Only systems whose rounds were timed have one; what is in none of the parts is REST, 0 where they exceed the step,
+    NaN where no part was read.
     """
     parts = part_seconds(comparison)
     columns = {name: pd.Series(sums_of(parts, wanted), dtype=float) for name, wanted in BREAKDOWN.items()}
     known = pd.DataFrame({**columns, "step": pd.Series(step_seconds(comparison), dtype=float)}).dropna(subset="step")
     means = known.groupby(level=0).mean() if len(known) else known
-    rest = (means["step"] - means[list(BREAKDOWN)].sum(axis=1)).clip(lower=0)
+    rest = (means["step"] - means[list(BREAKDOWN)].sum(axis=1, min_count=1)).clip(lower=0)
     ordered = [system for system in comparison.systems if system in means.index]
     return means.assign(**{REST: rest}).reindex(ordered)
 

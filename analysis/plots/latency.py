@@ -19,6 +19,11 @@ from analysis.swiftmoe_latency import BREAKDOWN, REST, PerSeed
 
 _MS = 1e3
 
+_MOVING_TOLD = (
+    " Right: median training step that moves replicas over the median one that does not: a marker for each seed, a bar "
+    "at their mean; of systems most of whose steps move none."
+)
+
 PART_COLOURS = dict(
     zip(
         (*BREAKDOWN, REST),
@@ -31,7 +36,8 @@ PART_COLOURS = dict(
 
 
 def latency_figure(comparison: Comparison, parts: pd.DataFrame, moving: PerSeed) -> Figure:
-    """Left, a stacked bar a system with a tick where the whole step ends; right, steps that move replicas over others.
+    """Left, a stacked bar a system with a tick where the whole step ends; right, where there are any, steps that move
+    replicas over others.
 
     Args:
         comparison: the systems.
@@ -39,7 +45,11 @@ def latency_figure(comparison: Comparison, parts: pd.DataFrame, moving: PerSeed)
         moving: of `analysis.swiftmoe_latency.moving_ratios`.
     """
     height = 1.5 + ROW_INCHES * 1.15 * len(comparison.systems)
-    figure, (left, right) = new_figure(height, PAGE_INCHES, ncols=2, width_ratios=[2.6, 1], sharey=True)
+    widths = [2.6, 1] if moving else [1]
+    figure, axes = new_figure(height, PAGE_INCHES, ncols=len(widths), width_ratios=widths, sharey=True)
+    left = axes[0]
+    if moving:
+        _draw_moving(axes[1], comparison, moving)
     system_rows(left, comparison)
     ends = [
         _draw(left, row, parts.loc[system]) for row, system in enumerate(comparison.systems) if system in parts.index
@@ -48,8 +58,25 @@ def latency_figure(comparison: Comparison, parts: pd.DataFrame, moving: PerSeed)
         if system not in parts.index:
             no_number(left, row, "not timed")
     left.set_xlim(0, 1.04 * max(ends, default=1.0))
+    told = [name for name in (*BREAKDOWN, REST) if len(parts) and (parts[name].fillna(0) > 0).any()]
     left.set_xlabel("time of one training step, ms")
-    panel(left, "Parts of a step", comparison.kind)
+    panel(left, "Parts of a step" if told else "A step, whose parts were not read", comparison.kind)
+    handles: list[Patch | Line2D] = [Patch(facecolor=PART_COLOURS[name], edgecolor="white") for name in told]
+    handles.append(Line2D([], [], color="black", marker="|", markersize=6, markeredgewidth=1.2, linestyle="none"))
+    legend(figure, handles, [*told, "whole step"], 4)
+    caption(
+        figure,
+        f"{'Left: medians' if moving else 'Medians'} over interleaved rounds of the slowest rank, part by part, mean "
+        "over seeds; parts are from rounds of their own under the stage clock. Parts of different ranks overlap, so a "
+        "bar can end behind the whole step; where it ends before, the rest is what no part tells."
+        f"{_MOVING_TOLD if moving else ''}",
+        timed(comparison),
+        where(comparison),
+    )
+    return figure
+
+
+def _draw_moving(right: Axes, comparison: Comparison, moving: PerSeed) -> None:
     ratios = [1.0]
     for row, system in enumerate(comparison.systems):
         own = [ratio for (name, _), ratio in moving.items() if name == system]
@@ -60,25 +87,10 @@ def latency_figure(comparison: Comparison, parts: pd.DataFrame, moving: PerSeed)
             right.plot(own, [row] * len(own), marker=look.marker, ms=4.2, mew=0.8, mfc="white", **style)
         ratios += own
     right.axvline(1, color=GREY, linewidth=0.6)
-    right.set_xlim(min(1.0, *ratios) - 0.02, 1.06 * max(ratios) if len(ratios) > 1 else 2)
+    right.set_xlim(min(1.0, *ratios) - 0.02, 1.06 * max(ratios))
     right.set_xlabel("time over other steps', x")
     right.tick_params(axis="y", length=0)
     panel(right, "Steps that move", comparison.kind)
-    told = [name for name in (*BREAKDOWN, REST) if len(parts) and (parts[name].fillna(0) > 0).any()]
-    handles: list[Patch | Line2D] = [Patch(facecolor=PART_COLOURS[name], edgecolor="white") for name in told]
-    handles.append(Line2D([], [], color="black", marker="|", markersize=6, markeredgewidth=1.2, linestyle="none"))
-    legend(figure, handles, [*told, "whole step"], 4)
-    caption(
-        figure,
-        "Left: medians over interleaved rounds of the slowest rank, part by part, mean over seeds; parts are from "
-        "rounds of their own under the stage clock. Parts of different ranks overlap, so a bar can end behind the "
-        "whole step; where it ends before, the rest is what no part tells. Right: median training step that moves "
-        "replicas over the median one that does not: a marker for each seed, a bar at their mean; of systems most of "
-        "whose steps move none.",
-        timed(comparison),
-        where(comparison),
-    )
-    return figure
 
 
 def _draw(axes: Axes, row: int, parts: pd.Series) -> float:
