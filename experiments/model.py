@@ -50,15 +50,16 @@ class Attention(nn.Module):
         self.out = nn.Linear(query_dim, model.model_dim, bias=False, device=device)
 
     def forward(self, x_BSM: Tensor, rotation_SD: tuple[Tensor, Tensor]) -> Tensor:
-        """[B, S, M] -> [B, S, M]; `rotation_SD` is cos and sin, each [S, D]."""
-        batch, length, _ = x_BSM.shape
-        query = self.query(x_BSM).view(batch, length, self.num_heads, self.head_dim).transpose(1, 2)
-        key = self.key(x_BSM).view(batch, length, self.num_kv_heads, self.head_dim).transpose(1, 2)
-        value = self.value(x_BSM).view(batch, length, self.num_kv_heads, self.head_dim).transpose(1, 2)
-        query, key = rotate(query, rotation_SD), rotate(key, rotation_SD)
+        """[B, S, M] -> [B, S, M]; `rotation_SD` is cos and sin, each [S, D], in the dtype of queries and keys."""
+        query, key, value = (
+            made.unflatten(-1, (-1, self.head_dim)) for made in (self.query(x_BSM), self.key(x_BSM), self.value(x_BSM))
+        )
+        turned = rotate(torch.cat([query, key], dim=2), rotation_SD)  # together, for half of the launches
+        query, key = turned.split([self.num_heads, self.num_kv_heads], dim=2)
+        query, key, value = (part.transpose(1, 2) for part in (query, key, value))
         grouped = self.num_kv_heads != self.num_heads
         mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=grouped)
-        return self.out(mixed.transpose(1, 2).reshape(batch, length, -1))
+        return self.out(mixed.transpose(1, 2).flatten(2))
 
 
 def rotation(length: int, head_dim: int, device: torch.device, base: float = 10000.0) -> tuple[Tensor, Tensor]:
@@ -69,8 +70,8 @@ def rotation(length: int, head_dim: int, device: torch.device, base: float = 100
 
 
 def rotate(x: Tensor, rotation_SD: tuple[Tensor, Tensor]) -> Tensor:
-    """Apply the rotary angles to [B, N, S, D]."""
-    cos, sin = (part.to(x.dtype) for part in rotation_SD)
+    """Apply the rotary angles to [B, S, N, D]."""
+    cos, sin = (part.unsqueeze(1) for part in rotation_SD)
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat([-second, first], dim=-1) * sin
 
@@ -135,7 +136,10 @@ class GPT(nn.Module):
     def forward(self, tokens_BS: Tensor, targets_BS: Tensor) -> Losses:
         """tokens and targets [B, S] int64 -> losses over this rank's tokens."""
         x_BSM = self.embedding(tokens_BS)
-        angles = rotation(tokens_BS.shape[1], self.head_dim, x_BSM.device)
+        cos, sin = rotation(tokens_BS.shape[1], self.head_dim, x_BSM.device)
+        kind = x_BSM.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x_BSM.dtype
+        angles = cos.to(dtype), sin.to(dtype)  # once, not in every block
         outputs = []
         for block in self.blocks:
             x_BSM, output = block(x_BSM, angles)

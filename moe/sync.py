@@ -62,8 +62,11 @@ class GradientSync:
         norm = (sum_of_squares(self.dense, device) + not_dense).sqrt()
         if max_norm > 0:
             scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+            by_device: dict[torch.device, list[Tensor]] = {}  # an optimizer may be in the host's memory
             for grad in _gradients(self.dense + self.sharded + self.local + self.elsewhere):
-                grad.mul_(scale.to(grad.device))
+                by_device.setdefault(grad.device, []).append(grad)
+            for place, grads in by_device.items():
+                torch._foreach_mul_(grads, scale.to(place))
         return norm
 
     def squares_not_dense(self) -> Tensor:
@@ -79,8 +82,10 @@ def _gradients(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
 
 def sum_of_squares(parameters: Sequence[nn.Parameter], device: torch.device) -> Tensor:
     """Of the gradients that there are, scalar float32 on `device`."""
-    norms = [grad.float().norm() for grad in _gradients(parameters)]
-    return torch.stack(norms).square().sum().to(device) if norms else torch.zeros((), device=device)
+    grads = _gradients(parameters)
+    if not grads:
+        return torch.zeros((), device=device)
+    return torch.stack(torch._foreach_norm(grads, dtype=torch.float32)).square().sum().to(device)
 
 
 def _reduce_bucket(
@@ -98,5 +103,5 @@ def _reduce_bucket(
     bucket = torch.cat([grad.reshape(-1) for grad in grads])
     dist.all_reduce(bucket, group=group)
     bucket /= divisor
-    for grad, reduced in zip(grads, bucket.split([grad.numel() for grad in grads]), strict=True):
-        grad.copy_(reduced.view_as(grad))
+    parts = bucket.split([grad.numel() for grad in grads])
+    torch._foreach_copy_(grads, [part.view_as(grad) for part, grad in zip(parts, grads, strict=True)])

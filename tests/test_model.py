@@ -116,8 +116,8 @@ def test_a_token_sees_only_what_comes_before_it() -> None:
 def test_rotary_positions_tell_distances_only() -> None:
     """The product of a rotated query and a rotated key depends on how far apart they stand."""
     cos, sin = rotation(12, 8, torch.device("cpu"))
-    query, key = torch.randn(2, 1, 1, 1, 8, generator=torch.Generator().manual_seed(0)).expand(2, 1, 1, 12, 8)
-    products = rotate(query, (cos, sin))[0, 0] @ rotate(key, (cos, sin))[0, 0].T
+    query, key = torch.randn(2, 1, 1, 1, 8, generator=torch.Generator().manual_seed(0)).expand(2, 1, 12, 1, 8)
+    products = rotate(query, (cos, sin))[0, :, 0] @ rotate(key, (cos, sin))[0, :, 0].T
     for distance in range(12):
         diagonal = products.diagonal(distance)
         assert torch.allclose(diagonal, diagonal[0].expand_as(diagonal), atol=1e-5)
