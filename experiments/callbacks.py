@@ -346,7 +346,8 @@ def is_checkpoint_due(config: TrainerConfig, done: int) -> bool:
 
 
 class Checkpointer(L.Callback):
-    """Metrics, then a checkpoint, when one is due and when a stop is asked for; metrics after the last step anyway."""
+    """Metrics, then a checkpoint, when one is due and when a stop is asked for; where none is ever due, metrics after
+    each validation."""
 
     def __init__(self, config: RunConfig, recorder: Recorder) -> None:
         self.config, self.recorder = config, recorder
@@ -355,12 +356,15 @@ class Checkpointer(L.Callback):
         self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Save when it is time. Collective."""
-        done, last = trainer.global_step, trainer.global_step == self.config.trainer.max_steps
+        done, every = trainer.global_step, self.config.trainer.checkpoint_every
+        last = done == self.config.trainer.max_steps
         if self.recorder.stopped or is_checkpoint_due(self.config.trainer, done):
             with self.recorder.paused(done, "saving"):
                 self._save(trainer, done, keep=1 if last else 2)
-        elif last:
+        elif last or (every is None and done % self.config.trainer.val_every == 0):
             self.recorder.flush()
+            if last and self.recorder.info.rank == 0:  # what an earlier stop saved is not the end of the run
+                remove_old_checkpoints(self.recorder.run_dir.checkpoints, keep=0)
         if self.recorder.stopped:
             trainer.should_stop = True
 

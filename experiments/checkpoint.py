@@ -229,7 +229,8 @@ def checkpoint_step(path: Path) -> int:
 
 def remove_old_checkpoints(folder: Path, keep: int = 2) -> None:
     """Delete all but the newest `keep` checkpoints of a folder."""
-    for path in sorted(_checkpoints(folder), key=checkpoint_step)[:-keep]:
+    ordered = sorted(_checkpoints(folder), key=checkpoint_step)
+    for path in ordered[: max(0, len(ordered) - keep)]:
         shutil.rmtree(path)
 
 

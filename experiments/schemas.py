@@ -85,9 +85,7 @@ class TrainerConfig(BaseModel):
     log_every: int = Field(ge=1, examples=[1])
     val_every: int = Field(ge=1, examples=[50])
     val_batches: int = Field(ge=1, examples=[4])
-    checkpoint_every: int | None = Field(
-        ge=1, examples=[50], description="steps; null: none, not even of the last step"
-    )
+    checkpoint_every: int | None = Field(ge=1, examples=[50], description="steps; null: none but at a stop")
     deterministic: bool
     resume_from: str | None = Field(
         default=None, min_length=1, examples=["outputs/RUN_ID"], description="run or checkpoint folder to start from"

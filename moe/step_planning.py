@@ -72,7 +72,7 @@ class Dense:
 
 
 class StepPlanning:
-    """Plans the step of some layers.
+    """Plans the step of some layers. What planning sends, and measuring what it goes by, counts in no step's bytes.
 
     Args:
         layers: of a model, in the order of the forward pass; or one by itself.
@@ -96,7 +96,7 @@ class StepPlanning:
             num_tokens: T; the largest of all ranks in the first forward pass is planned for, and the plan then stands.
         """
         if self.plan is None:
-            with uncounted():  # measured before the first step, and no part of it
+            with uncounted():
                 self._num_tokens = self._agreed(float(num_tokens))
                 self.plan = self._planned(None)
         return self.plan.layers[index]
@@ -109,8 +109,9 @@ class StepPlanning:
         """
         assert self.plan is not None, "no forward pass has been"
         seconds = torch.tensor(dense.seconds, dtype=torch.float64, device=self.layers[0].mesh.device)
-        dist.all_reduce(seconds, op=dist.ReduceOp.MAX)
-        self.plan = self._planned(replace(dense, seconds=tuple(seconds.tolist())))
+        with uncounted():
+            dist.all_reduce(seconds, op=dist.ReduceOp.MAX)
+            self.plan = self._planned(replace(dense, seconds=tuple(seconds.tolist())))
         return self.plan
 
     def _planned(self, dense: Dense | None) -> StepPlan:

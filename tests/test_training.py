@@ -186,18 +186,56 @@ def test_a_run_that_was_finished_but_not_marked_so(config: Configure) -> None:
     assert all((again[name] == array).all() for name, array in routing.items())
 
 
+def interrupted(target: str, payload: dict[str, Any], **more: Any) -> Any:
+    """`run_ranks_here`, in which a stop ends the run as `experiments.launch` has it."""
+    value = run_ranks_here(target, payload, **more)
+    if value is None and (more["log_dir"] / STOP_FILE).exists():
+        raise RankFailure("interrupted", None, "stopped by SIGINT")
+    return value
+
+
+def test_without_checkpoints_a_stop_saves_one_and_the_end_removes_it(
+    config: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without = "trainer.checkpoint_every=null"
+    straight, stopped = train(config(without)), config(without, f"output_dir={tmp_path}/stopped")
+
+    def stop(recorder: Recorder, done: int) -> None:
+        if done == 3:
+            recorder.info.stop_file.touch()
+
+    with monkeypatch.context() as patch:
+        before_recording(patch, stop)
+        patch.setattr(cells, "run_ranks", interrupted)
+        patch.setattr(callbacks, "GATHER_STEPS", 1)  # ranks agree on a stop when they gather
+        with pytest.raises(RankFailure, match="interrupted"):
+            run_cells([stopped], [])
+    checkpoints = run_dir_of(stopped).checkpoints
+    assert [path.name for path in checkpoints.iterdir()] == ["step_3"]
+    assert repeatable(train(stopped)) == repeatable(straight)
+    assert not list(checkpoints.iterdir())
+
+
+def test_metrics_are_written_at_validations_where_there_are_no_checkpoints(
+    config: Configure, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    killed = config("trainer.checkpoint_every=null", "trainer.val_every=2")
+
+    def kill(recorder: Recorder, done: int) -> None:
+        if done == 5:
+            raise ZeroDivisionError
+
+    before_recording(monkeypatch, kill)
+    assert len(run_cells([killed], [])) == 1
+    assert list(by_step(run_dir_of(killed), "val_loss")) == [2, 4]
+
+
 def test_a_stop_at_the_last_step_leaves_that_run_complete_and_ends_the_next_at_its_first(
     config: Configure, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def stop(recorder: Recorder, done: int) -> None:
         if recorder.config.seed == 0 and done == 6:
             recorder.info.stop_file.touch()
-
-    def interrupted(target: str, payload: dict[str, Any], **more: Any) -> Any:
-        value = run_ranks_here(target, payload, **more)
-        if value is None and (more["log_dir"] / STOP_FILE).exists():  # as experiments.launch has it
-            raise RankFailure("interrupted", None, "stopped by SIGINT")
-        return value
 
     before_recording(monkeypatch, stop)
     first, second = config(), config("seed=1")
