@@ -21,10 +21,11 @@ from analysis.style import save, suite_style
 from analysis.tables import markdown_row, significant
 
 COLUMNS = [
-    *("run", "cluster", "emulation", "system", "implementation", "shape"),
+    *("run", "machine", "cluster", "system", "implementation", "shape"),
     *("measured_s", "measured_low_s", "measured_high_s", "simulated_s"),
 ]
-"""Of validation.csv: median over rounds and its quartiles, and the end of the simulated timeline, in s."""
+"""Of validation.csv: the machine in words, as of `analysis.machine`; median over rounds and its quartiles, and the end of
+the simulated timeline, in s."""
 
 
 def read_validation(folder: Path) -> pd.DataFrame:

@@ -23,6 +23,7 @@ from pydantic import ValidationError
 from analysis.errors import ResultsError, exit_code
 from analysis.files import write_text
 from analysis.load import Samples, load_samples
+from analysis.machine import machine_of
 from analysis.validation import COLUMNS, format_validation, write_validation
 from experiments import registry
 from experiments.config import LayerRunConfig, LayerShape, cluster_from
@@ -63,7 +64,7 @@ def validation_rows(folder: Path) -> Iterator[dict[str, Any]]:
                 f"{folder}: shape {name} has no module_time of {', '.join(missing)}. Fix: measure a system that plans "
                 "by measured costs beside the others, such as fsmoe with degree=auto."
             )
-    cluster = cluster_from(config.cluster)
+    cluster, machine = cluster_from(config.cluster), machine_of(folder)
     for shape in config.shapes:
         others = [by_system for name, by_system in points.items() if name != shape.name]
         for system in config.systems:
@@ -81,8 +82,8 @@ def validation_rows(folder: Path) -> Iterator[dict[str, Any]]:
                 continue
             yield {
                 "run": folder.name,
+                "machine": machine,
                 "cluster": cluster.name,
-                "emulation": cluster.emulation,
                 "system": system.label,
                 "implementation": created.implementation,
                 "shape": shape.name,

@@ -159,7 +159,7 @@ def test_a_simulator_s_error_is_over_as_many_pairs_as_are_asked_for(tmp_path: Pa
         {
             "run": "layer-x",
             "cluster": "local",
-            "emulation": "",
+            "machine": "4 x B200",
             "system": [f"s{index}" for index in range(8)],
             "implementation": "native",
             "shape": "small",
@@ -174,7 +174,7 @@ def test_a_simulator_s_error_is_over_as_many_pairs_as_are_asked_for(tmp_path: Pa
     measure = {"statistic": "simulator_error", "folder": "v", "pairs": 8}
     bounds = {"at_least": None, "at_most": 12.0, "no_effect": None}
     (row,) = judge_all([claim(measure, **bounds)], tmp_path)
-    assert (row.verdict, row.kind, row.hardware) == (REPRODUCED, "simulated", "cluster local")
+    assert (row.verdict, row.kind, row.hardware) == (REPRODUCED, "simulated", "4 x B200")
     assert row.interval == pytest.approx((10.0, 10.0, 10.0))
     (few,) = judge_all([claim(measure | {"pairs": 24}, **bounds)], tmp_path)
     assert (few.verdict, few.reason) == (NOT_TESTED, "8 pairs of a system and a shape, and 24 are needed")

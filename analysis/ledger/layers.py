@@ -109,9 +109,7 @@ class SimulatorError(Statistic):
             raise ResultsError(
                 f"{self.folder}: {twice['system'].iloc[0]} and {twice['shape'].iloc[0]} stand there twice."
             )
-        clusters = rows[["cluster", "emulation"]].drop_duplicates().itertuples(index=False, name=None)
-        told = "; ".join(f"cluster {name}" + (f" ({emulation})" if emulation else "") for name, emulation in clusters)
-        return Evidence(over_seeds(errors.to_numpy()), "simulated", told)
+        return Evidence(over_seeds(errors.to_numpy()), "simulated", "; ".join(rows["machine"].unique()))
 
 
 class TableCell(Statistic):

@@ -59,13 +59,9 @@ def validation_figure(rows: pd.DataFrame, error: float) -> Figure:
     axes.set_ylabel("simulated step time of a layer, ms")
     panel(axes, "Simulator", "measured and simulated", grid="both")
     legend(figure, list(handles.values()), list(handles), 2)
-    clusters = [
-        f"cluster {name} ({emulation})" if emulation else f"cluster {name}"
-        for name, emulation in dict.fromkeys(zip(rows["cluster"], rows["emulation"], strict=True))
-    ]
     caption(
         figure,
-        f"{len(rows)} pairs of a system and a shape on {', '.join(clusters)}.",
+        f"{len(rows)} pairs of a system and a shape on {'; '.join(rows['machine'].unique())}.",
         f"Mean absolute relative error {100 * error:.1f} %.",
         f"Costs were fitted to the modules of other shapes. Line: equal times; band: {100 * BAND:.0f} %.",
     )
