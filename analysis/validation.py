@@ -24,8 +24,8 @@ COLUMNS = [
     *("run", "machine", "cluster", "system", "implementation", "shape"),
     *("measured_s", "measured_low_s", "measured_high_s", "simulated_s"),
 ]
-"""Of validation.csv: the machine in words, as of `analysis.machine`; median over rounds and its quartiles, and the end of
-the simulated timeline, in s."""
+"""Of validation.csv: the machine in words, as of `analysis.machine`; median over rounds and its quartiles, and the end
+of the simulated timeline, in s."""
 
 
 def read_validation(folder: Path) -> pd.DataFrame:

@@ -85,7 +85,7 @@ def rules_of(kind: str, values: Values) -> list[Problem]:
     if kind in ("layer", "compare"):
         found += _one_label_each(values)
     if kind == "compare":
-        found += [*_no_repeats(values, "seeds"), *_timing(values)]
+        found += [*_no_repeats(values, "seeds"), *_trained_weights(values)]
     if kind == "layer":
         found += [*_shapes(values), *_workload(values)]
     if kind == "comm":
@@ -141,7 +141,7 @@ def _trainer(values: Values) -> Iterator[Problem]:
     yield from _at_most(values, "trainer.warmup_steps", "trainer.max_steps")
 
 
-def _timing(values: Values) -> Iterator[Problem]:
+def _trained_weights(values: Values) -> Iterator[Problem]:
     trainer = values.raw("trainer")
     without = isinstance(trainer, Mapping) and trainer.get("checkpoint_every", 1) is None
     if without and values.raw("timing.weights") == "trained":

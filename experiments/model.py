@@ -52,10 +52,11 @@ class Attention(nn.Module):
     def forward(self, x_BSM: Tensor, rotation_SD: tuple[Tensor, Tensor]) -> Tensor:
         """[B, S, M] -> [B, S, M]; `rotation_SD` is cos and sin, each [S, D], in the dtype of queries and keys."""
         query, key, value = (
-            made.unflatten(-1, (-1, self.head_dim)) for made in (self.query(x_BSM), self.key(x_BSM), self.value(x_BSM))
+            projected.unflatten(-1, (-1, self.head_dim))
+            for projected in (self.query(x_BSM), self.key(x_BSM), self.value(x_BSM))
         )
-        turned = rotate(torch.cat([query, key], dim=2), rotation_SD)  # together, for half of the launches
-        query, key = turned.split([self.num_heads, self.num_kv_heads], dim=2)
+        rotated = rotate(torch.cat([query, key], dim=2), rotation_SD)  # together, for half of the launches
+        query, key = rotated.split([self.num_heads, self.num_kv_heads], dim=2)
         query, key, value = (part.transpose(1, 2) for part in (query, key, value))
         grouped = self.num_kv_heads != self.num_heads
         mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=grouped)
