@@ -26,6 +26,7 @@ from moe.pipelined_parts import Schedule
 from moe.schedules import LayerPlan, LayerWork, StepPlan, fsmoe_pipeline
 from moe.simulator import Costs, Task
 from moe.sliced_sync import PLANNED_AFTER, SlicedSync
+from moe.step_planning import Dense
 from moe.sync import GradientSync
 from moe.system import LayerSpec
 from moe.topology import cluster_of
@@ -297,7 +298,8 @@ def profiles(mesh: Mesh, folder: Path) -> Facts:
 
 
 def sent_by_step(spec: LayerSpec, mesh: Mesh) -> list[list[Any]]:
-    """Bytes by level and class of two steps, the costs of the layer's modules being measured in the first."""
+    """Bytes by level and class of two steps, the costs of the layer's modules being measured in the first, and of
+    planning again with gradients to slice."""
     layer = FSMoE().build_layer(spec, mesh)
     assert isinstance(layer, PipelinedMoE)
     load_layer(layer)
@@ -307,7 +309,10 @@ def sent_by_step(spec: LayerSpec, mesh: Mesh) -> list[list[Any]]:
         with meter.installed():
             step(layer, mesh)
         sent.append(sorted([level, kind, count] for (level, kind), count in meter.sent.items()))
-    return sent
+    meter = LinkMeter(mesh.cluster, mesh.rank)
+    with meter.installed():
+        layer.planning.plan_slices(Dense((0.0,), (1024.0,), 0.0))
+    return [*sent, [list(key) for key in meter.sent]]
 
 
 PARTS: dict[str, Callable[[Mesh, Path], Facts]] = {

@@ -341,8 +341,9 @@ def test_every_module_is_measured_and_fitted(facts: dict[str, list[Facts]]) -> N
 
 def test_measuring_costs_sends_no_bytes_of_a_step(facts: dict[str, list[Facts]]) -> None:
     for found in facts["profiles"]:
-        first, second = found["sent"]
+        first, second, planning = found["sent"]
         assert first == second
+        assert not planning
         assert sum(count for _, _, count in first) > 0
 
 
