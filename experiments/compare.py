@@ -68,10 +68,9 @@ def _keep_rounds(config: CompareConfig, timing: BenchRun) -> str:
     num_rounds = len({(row.seed, row.round) for row in rows if row.metric == "step_time"})
     if status is None or not num_rounds:
         return ""
-    all_rounds = config.timing.rounds * len(config.seeds)
-    told = f"{num_rounds} of {all_rounds} rounds were timed"
-    if num_rounds == all_rounds:
-        told += ", and not all of bytes, memory and stages read"
+    told = f"{num_rounds} of {config.timing.rounds * len(config.seeds)} rounds were timed"
+    if {row.seed for row in rows} - {row.seed for row in rows if row.metric == "peak_memory"}:
+        told += ", and not all of bytes, memory and stages read"  # they come behind the rounds
     cells = dict.fromkeys((row.system, row.implementation, row.shape, row.workload) for row in rows)
     begun = {row.seed for row in rows}
     for seed in [seed for seed in config.seeds if seed not in begun]:

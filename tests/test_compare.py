@@ -387,6 +387,31 @@ def test_ranks_that_are_stopped_amid_the_rounds_keep_those_that_were_timed(
     assert "rounds were timed" not in printed
 
 
+def test_a_stop_behind_the_rounds_keeps_them_and_says_what_was_not_read(
+    command: Command, tmp_path: Path, launched: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ended(*_: Any) -> None:
+        raise ZeroDivisionError
+
+    def launch(target: str, payload: dict[str, Any], **more: Any) -> Any:
+        try:
+            return run_ranks_here(target, payload, **more)
+        except RankFailure:
+            raise RankFailure("interrupted", None, "stopped at once by SIGTERM and SIGTERM") from None
+
+    monkeypatch.setattr(compare_bench, "_add_observations", ended)
+    monkeypatch.setattr(bench_run, "run_ranks", launch)
+    code, summary = command("systems=[flat,reference]", ONE_RANK)
+    assert code == 130
+    reason = (
+        "the run was interrupted: stopped at once by SIGTERM and SIGTERM; 2 of 2 rounds were timed, and not all of "
+        "bytes, memory and stages read"
+    )
+    assert timing_in(tmp_path) == ("interrupted", reason, {"flat": [0, 1], "reference": [0, 1]})
+    assert set(summary["status"]) == {"ok"}
+    assert has_number(summary, "flat", "tokens_per_s")
+
+
 def test_a_stop_under_another_seed_keeps_those_that_were_timed(
     command: Command, tmp_path: Path, launched: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
