@@ -28,7 +28,7 @@ from torch.optim import Optimizer
 
 from methods.swiftmoe_optimizer import ExpertShards
 from methods.swiftmoe_popularity import Popularity
-from methods.swiftmoe_rank_table import RankTable, on_device
+from methods.swiftmoe_rank_table import RankTable, packed_on_device
 from methods.swiftmoe_scheduler import SlotTable, even_table, table_of
 from methods.swiftmoe_slots import SlotExperts
 from moe.exchange_costs import ring_cost
@@ -302,7 +302,7 @@ def place(layers: Sequence[SwiftMoELayer], tables: Sequence[SlotTable]) -> None:
 def _use(layers: Sequence[SwiftMoELayer], heres: Sequence[RankTable]) -> None:
     """Let gates and shards go by other tables, all of which the device is told at once."""
     numbers = [[layer.gate.numbers(here.table), *here.numbers()] for layer, here in zip(layers, heres, strict=True)]
-    tensors = iter(on_device(list(chain(*numbers)), layers[0].mesh))
+    tensors = iter(packed_on_device(list(chain(*numbers)), layers[0].mesh))
     for layer, here, lists in zip(layers, heres, numbers, strict=True):
         of_gate, *rest = islice(tensors, len(lists))
         layer.table, layer.here = here.table, here

@@ -86,7 +86,7 @@ class RankTable:
         return [row_of[shard] for shard in range(len(row_of))]
 
 
-def on_device(lists: Sequence[Sequence[int]], mesh: Mesh) -> list[Tensor]:
+def packed_on_device(lists: Sequence[Sequence[int]], mesh: Mesh) -> list[Tensor]:
     """Numbers of the host on the device, all in one transfer that the host does not wait for; int64, each list from a
     16-byte boundary on, so that for kernels they are always alike (`moe.kernels.launch`)."""
     sizes = [size for numbers in lists for size in (len(numbers), len(numbers) % 2)]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from methods.swiftmoe_rank_table import RankTable, on_device
+from methods.swiftmoe_rank_table import RankTable, packed_on_device
 from methods.swiftmoe_scheduler import SlotTable, even_table
 from methods.swiftmoe_slots import SlotExperts
 from moe import ops
@@ -63,7 +63,7 @@ def slots(spec: LayerSpec, table: SlotTable, rank: int, seed: int) -> tuple[Slot
     num_ranks = table.num_slots // table.slots_per_rank
     mesh = lone_mesh(num_ranks, rank)
     here = RankTable(table, rank)
-    here.take([tensor.to(DEVICE) for tensor in on_device(here.numbers(), mesh)])
+    here.take([tensor.to(DEVICE) for tensor in packed_on_device(here.numbers(), mesh)])
     experts = SlotExperts(spec, mesh, here, FlatExperts(spec, num_ranks)).to(DEVICE)
     gradients = []
     for weight in (experts.w_in, experts.w_out):

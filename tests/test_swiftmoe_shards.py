@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 
 from methods.swiftmoe import SwiftMoE, SwiftMoELayer, place
-from methods.swiftmoe_rank_table import RankTable, on_device
+from methods.swiftmoe_rank_table import RankTable, packed_on_device
 from methods.swiftmoe_scheduler import SlotTable, even_table
 from moe.flat_experts import FlatExperts
 from moe.mesh import Mesh
@@ -35,7 +35,7 @@ def test_every_rank_gets_its_shard_of_every_expert_in_order(drawn: tuple[list[in
         expected = [expert for expert in table.shared if rank.rank in table.holders[expert]]
         assert tail == [(expert, peer) for expert in expected for peer in range(num_ranks)]
         assert rank.groups == [(table.holders[expert][0], table.holders[expert][-1]) for expert in expected]
-        rank.take(on_device(rank.numbers(), lone_mesh(num_ranks, rank.rank)))
+        rank.take(packed_on_device(rank.numbers(), lone_mesh(num_ranks, rank.rank)))
         waiting = {row: shards[source] for row, source in rank.late_2.t().tolist()}
         assert waiting == {row: sent for row, sent in enumerate(shards[: rank.num_sent]) if sent[0] in expected}
         whole = [shards[row] for row in rank.rows_of_experts()]
@@ -70,7 +70,7 @@ def test_shards_go_where_the_whole_vectors_would(
 
 def test_numbers_go_to_the_device_in_one_transfer() -> None:
     with mock.patch.object(Mesh, "tensor", autospec=True, side_effect=Mesh.tensor) as transfer:
-        found = on_device([[1, 2, 3], [], [4], [5, 6]], lone_mesh())
+        found = packed_on_device([[1, 2, 3], [], [4], [5, 6]], lone_mesh())
     assert [tensor.tolist() for tensor in found] == [[1, 2, 3], [], [4], [5, 6]]
     assert transfer.call_count == 1
     assert {tensor.data_ptr() % 16 for tensor in found if len(tensor)} == {found[0].data_ptr() % 16}
