@@ -49,5 +49,5 @@ class Flat(System):
                 raise Refused(
                     "flat's dispatcher=peer needs Triton and GPUs of one node that reach each other's memory."
                 )
-            return NativeMoE(spec, mesh, dispatcher=PeerDispatcher(mesh, spec.num_experts))
+            return NativeMoE(spec, mesh, dispatcher=PeerDispatcher(mesh, spec))
         return NativeMoE(spec, mesh)

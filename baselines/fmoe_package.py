@@ -125,16 +125,15 @@ def _let_meters_count(group: dist.ProcessGroup) -> None:
 def _tell_rows(group: dist.ProcessGroup, row_bytes: int, rows_E: Tensor) -> None:
     """This rank sends so many rows to each expert of the group, or, by their places in it, to each expert's rank."""
     for meter in metering.INSTALLED:
-        meter.count_all_to_all((rows_E.view(group.size(), -1).sum(1) * row_bytes).tolist(), group)
+        meter.count_rows(rows_E.view(group.size(), -1).sum(1), row_bytes, group)
 
 
 def _tell_next(group: dist.ProcessGroup, num_bytes: int, kind: str, silent: int) -> None:
     """As `moe.metering` counts a ring: each rank sends to the next one of the group, all but the `silent` one."""
     if group.rank() == silent:
         return
-    ranks = dist.get_process_group_ranks(group)
     for meter in metering.INSTALLED:
-        meter.sent[meter.cluster.level_of(meter.rank, ranks[(group.rank() + 1) % len(ranks)]), kind] += num_bytes
+        meter.count_to_next(num_bytes, group, kind)
 
 
 Kernel = Callable[..., Any]

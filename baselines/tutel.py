@@ -61,10 +61,10 @@ class GatheredExperts(BatchedExperts):
 
     gathered: tuple[Tensor, Tensor]
 
-    def forward(self, rows_RM: Tensor, expert_rows: list[int], *_: Tensor | None) -> Tensor:
+    def forward(self, rows_RM: Tensor, *_: list[int] | Tensor | None) -> Tensor:
         """All E experts on their R / E rows [R, M] each; returns the same order and dtype."""
-        x_ECM = rows_RM.view(len(expert_rows), expert_rows[0], rows_RM.shape[1])
         w_in, w_out = self.gathered
+        x_ECM = rows_RM.view(len(w_in), len(rows_RM) // len(w_in), rows_RM.shape[1])
         return feed_forward(x_ECM, w_in, w_out, self.activation, lambda rows, weight: rows @ weight.mT).view_as(rows_RM)
 
 

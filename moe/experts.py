@@ -45,6 +45,11 @@ def _canonical(slot: int | None, first: int, last: int, tensor: Tensor) -> Tenso
     return (tensor if slot is None else tensor[slot])[first:last].t()
 
 
+def products_are_grouped(rows: Tensor) -> bool:
+    """Whether `GroupedExperts` multiplies such rows of all experts at once, which goes by `expert_ends` alone."""
+    return ops.is_fast(rows) and rows.dtype == GROUPED_DTYPE
+
+
 def product_path(weight: Tensor, dtype: torch.dtype) -> str:
     """How `GroupedExperts` multiplies rows of a dtype here. Older GPUs than compute capability 9.0 have no kernel for
     `grouped_mm`: torch loops over the experts inside it."""
@@ -94,7 +99,7 @@ class GroupedExperts(nn.Module):
     def forward(
         self,
         rows_RM: Tensor,
-        expert_rows: list[int],
+        expert_rows: list[int] | None,
         expert_ends: Tensor | None = None,
         row_weights_R: Tensor | None = None,
     ) -> Tensor:
@@ -102,7 +107,9 @@ class GroupedExperts(nn.Module):
 
         Args:
             rows_RM: [R, M], sorted by local expert.
-            expert_rows: rows of each expert; zeros allowed; they sum to R.
+            expert_rows: rows of each expert; zeros allowed; they sum to R. None where the host does not know them,
+                which `products_are_grouped` must hold for; there may be more rows then, of no expert and with any
+                result.
             expert_ends: [L] int32 on the rows' device, the row behind each expert's last, where it is known already.
             row_weights_R: [R] float32, differentiable: what each output row is multiplied by; None for ones.
 
@@ -110,10 +117,11 @@ class GroupedExperts(nn.Module):
             [R, M], same order and dtype.
         """
         w_in, w_out = self.w_in.to(rows_RM.dtype), self.w_out.to(rows_RM.dtype)
-        if ops.is_fast(rows_RM) and rows_RM.dtype == GROUPED_DTYPE and len(rows_RM):
+        if products_are_grouped(rows_RM) and len(rows_RM):
             if expert_ends is None:
                 expert_ends = torch.tensor(expert_rows, device=rows_RM.device).cumsum(0, dtype=torch.int32)
             return _GroupedFFN.apply(rows_RM, w_in, w_out, row_weights_R, expert_ends, self.activation == "swiglu")
+        assert expert_rows is not None, "expert by expert, the host has to know their rows"
         y_RM = feed_forward(
             rows_RM, w_in, w_out, self.activation, lambda rows, weight: _GroupedLinear.apply(rows, weight, expert_rows)
         )

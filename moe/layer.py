@@ -20,7 +20,7 @@ from moe.system import ExpertView, LayerSpec, MoELayer, MoEOutput
 def default_dispatcher(spec: LayerSpec, mesh: Mesh) -> Dispatcher:
     """Through shared memory where the ranks are GPUs of one node, else by all-to-all-v."""
     if ops.HAS_TRITON and spec.num_experts <= ops.MOST_EXPERTS and peers_reach_each_other(mesh):
-        return PeerDispatcher(mesh, spec.num_experts)
+        return PeerDispatcher(mesh, spec)
     return AllToAllDispatcher(mesh, spec.num_experts)
 
 

@@ -13,6 +13,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
+from itertools import islice
 from typing import Any
 
 import torch
@@ -47,21 +48,33 @@ class LinkMeter:
         cluster: levels of the ranks of the default process group.
         rank: this rank.
 
-    Attributes:
-        sent: {(level index, class): bytes} since the meter was made or `reset`.
     """
 
     def __init__(self, cluster: Cluster, rank: int) -> None:
         self.cluster = cluster
         self.rank = rank
-        self.sent: dict[tuple[int, str], int] = defaultdict(int)
+        self._sent: dict[tuple[int, str], int] = defaultdict(int)
+        self._later: list[tuple[Tensor, int, dist.ProcessGroup | None]] = []
         self._inside = threading.local()
         self._levels_of: dict[tuple[int, ...], list[int]] = {}
         self._group_ranks: dict[int, tuple[dist.ProcessGroup | None, list[int]]] = {}
 
+    @property
+    def sent(self) -> dict[tuple[int, str], int]:
+        """{(level index, class): bytes} since the meter was made or `reset`. Waits for what GPUs have counted."""
+        later, self._later = self._later, []
+        by_device: dict[torch.device, list[Tensor]] = {}
+        for rows_P, _, _ in later:
+            by_device.setdefault(rows_P.device, []).append(rows_P)
+        numbers = {device: iter(torch.cat(rows).tolist()) for device, rows in by_device.items()}
+        for rows_P, row_bytes, group in later:
+            self._send_splits([row_bytes * rows for rows in islice(numbers[rows_P.device], len(rows_P))], group)
+        return self._sent
+
     def reset(self) -> None:
         """Forget what was counted."""
-        self.sent.clear()
+        self._later.clear()
+        self._sent.clear()
 
     def as_tensor(self) -> Tensor:
         """What was counted, as float64 [levels, classes], ready to be summed over ranks."""
@@ -92,6 +105,16 @@ class LinkMeter:
             group: process group of the same ranks; None for all.
         """
         self._send_splits(bytes_per_peer, group)
+
+    def count_rows(self, rows_P: Tensor, row_bytes: int, group: dist.ProcessGroup | None) -> None:
+        """As `count_all_to_all`, where a GPU knows how many: the host waits for that when the bytes are asked for.
+
+        Args:
+            rows_P: [P] int64, that this rank sent to each rank of the group; not to be written any more.
+            row_bytes: of each.
+            group: as there.
+        """
+        self._later.append((rows_P, row_bytes, group))
 
     def _counting(self, function: Callable[..., Any], count: Callable[[LinkMeter, dict[str, Any]], None]) -> Any:
         signature = inspect.signature(function)
@@ -126,13 +149,20 @@ class LinkMeter:
 
     def _send_splits(self, bytes_per_peer: list[int], group: dist.ProcessGroup | None) -> None:
         for level, num_bytes in zip(self._levels(group), bytes_per_peer, strict=True):
-            self.sent[level, "alltoall"] += num_bytes
+            self._sent[level, "alltoall"] += num_bytes
 
-    def _send_next(self, num_bytes: float, group: dist.ProcessGroup | None, kind: str) -> None:
+    def count_to_next(self, num_bytes: float, group: dist.ProcessGroup | None, kind: str) -> None:
+        """Count what this rank sends to the next one of a ring.
+
+        Args:
+            num_bytes: how much.
+            group: process group of the ring, in its order; None for all.
+            kind: one of `CLASSES`.
+        """
         ranks = self._ranks(group)
         if len(ranks) > 1:
             neighbour = ranks[(ranks.index(self.rank) + 1) % len(ranks)]
-            self.sent[self.cluster.level_of(self.rank, neighbour), kind] += round(num_bytes)
+            self._sent[self.cluster.level_of(self.rank, neighbour), kind] += round(num_bytes)
 
     def _group_size(self, group: dist.ProcessGroup | None) -> int:
         return len(self._ranks(group))
@@ -166,25 +196,25 @@ def _all_to_all(meter: LinkMeter, call: dict[str, Any]) -> None:
 def _all_reduce(meter: LinkMeter, call: dict[str, Any]) -> None:
     group = call.get("group")
     size = meter._group_size(group)
-    meter._send_next(2 * (size - 1) / size * _bytes(call["tensor"]), group, "reduction")
+    meter.count_to_next(2 * (size - 1) / size * _bytes(call["tensor"]), group, "reduction")
 
 
 def _reduce_scatter(meter: LinkMeter, call: dict[str, Any]) -> None:
     group = call.get("group")
     size = meter._group_size(group)
-    meter._send_next((size - 1) / size * _bytes(call["input"]), group, "reduction")
+    meter.count_to_next((size - 1) / size * _bytes(call["input"]), group, "reduction")
 
 
 def _reduce_scatter_list(meter: LinkMeter, call: dict[str, Any]) -> None:
     num_bytes = sum(_bytes(tensor) for tensor in call["input_list"])
     size = meter._group_size(call.get("group"))
-    meter._send_next((size - 1) / size * num_bytes, call.get("group"), "reduction")
+    meter.count_to_next((size - 1) / size * num_bytes, call.get("group"), "reduction")
 
 
 def _gather(argument: str) -> Callable[[LinkMeter, dict[str, Any]], None]:
     def count(meter: LinkMeter, call: dict[str, Any]) -> None:
         group = call.get("group")
-        meter._send_next((meter._group_size(group) - 1) * _bytes(call[argument]), group, "other")
+        meter.count_to_next((meter._group_size(group) - 1) * _bytes(call[argument]), group, "other")
 
     return count
 
@@ -194,7 +224,7 @@ def _broadcast(meter: LinkMeter, call: dict[str, Any]) -> None:
     ranks = meter._ranks(group)
     source = call.get("src") if call.get("src") is not None else ranks[call.get("group_src") or 0]
     if source is not None and ranks[(ranks.index(meter.rank) + 1) % len(ranks)] != source:
-        meter._send_next(_bytes(call["tensor"]), group, "other")
+        meter.count_to_next(_bytes(call["tensor"]), group, "other")
 
 
 def _reduce(meter: LinkMeter, call: dict[str, Any]) -> None:
@@ -202,14 +232,14 @@ def _reduce(meter: LinkMeter, call: dict[str, Any]) -> None:
     ranks = meter._ranks(group)
     target = call["dst"] if call.get("dst") is not None else ranks[call.get("group_dst") or 0]
     if meter.rank != target:
-        meter._send_next(_bytes(call["tensor"]), group, "reduction")
+        meter.count_to_next(_bytes(call["tensor"]), group, "reduction")
 
 
 def _send(meter: LinkMeter, call: dict[str, Any]) -> None:
     peer = call.get("dst")
     if peer is None:
         peer = meter._ranks(call.get("group"))[call["group_dst"]]
-    meter.sent[meter.cluster.level_of(meter.rank, peer), "alltoall"] += _bytes(call["tensor"])
+    meter._sent[meter.cluster.level_of(meter.rank, peer), "alltoall"] += _bytes(call["tensor"])
 
 
 _COUNTERS: dict[str, Callable[[LinkMeter, dict[str, Any]], None]] = {

@@ -10,7 +10,6 @@ Dimensions: T tokens of this rank, K choices, P ranks of the expert-parallel gro
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,9 +18,14 @@ from torch import Tensor
 
 from moe import metering, ops
 from moe.dispatch import Dispatcher
+from moe.experts import products_are_grouped
 from moe.gate import Routing
 from moe.mesh import Mesh
 from moe.peers import Workspace, shared_workspace
+from moe.system import LayerSpec
+
+MOST_SPARE = 0.25
+"""Rows that may be laid out beyond an even share of all copies, so that the host need not know how many are taken."""
 
 
 @dataclass(frozen=True)
@@ -31,15 +35,20 @@ class PeerPlan:
     Attributes:
         chosen_TK: [T, K] int64, E where the copy is dropped.
         places_PTK: [P, T, K] int32, the row of every rank's copies on this rank, or -1.
-        expert_rows: copies for each of this rank's L experts.
+        num_rows: R, as many as there are copies or more; those behind the last expert's hold nothing.
+        expert_rows: copies for each of this rank's L experts; None where the host does not know.
         expert_ends: [L] int32, the row behind each expert's last.
+        crossings_3P: [3, P] int64, where bytes are counted: tokens of this rank that each rank reads, and the sums and
+            copies that this rank has for each.
         row_weights: [R] float32, what the experts' rows are to be multiplied by.
     """
 
     chosen_TK: Tensor
     places_PTK: Tensor
-    expert_rows: list[int]
+    num_rows: int
+    expert_rows: list[int] | None
     expert_ends: Tensor
+    crossings_3P: Tensor | None = None
     row_weights: Tensor | None = None
 
 
@@ -78,15 +87,16 @@ class PeerDispatcher(Dispatcher):
 
     Args:
         mesh: its expert-parallel group is used; see `moe.peers.peers_reach_each_other`.
-        num_experts: E, over the group.
+        spec: of the layer, whose experts are spread over the group. With a capacity factor the gate must keep no more
+            than `LayerSpec.capacity` copies of an expert, of each rank.
         workspace: to use instead of the process' own (tests bring memory of a CPU).
     """
 
     path = "shared memory"
 
-    def __init__(self, mesh: Mesh, num_experts: int, workspace: Workspace | None = None) -> None:
+    def __init__(self, mesh: Mesh, spec: LayerSpec, workspace: Workspace | None = None) -> None:
         self.mesh, self.me, self.num_ranks = mesh, mesh.ep_rank, mesh.ep_size
-        self.num_experts, self.num_local = num_experts, num_experts // mesh.ep_size
+        self.spec, self.num_experts, self.num_local = spec, spec.num_experts, spec.num_experts // mesh.ep_size
         self.experts = range(self.me * self.num_local, (self.me + 1) * self.num_local)
         self.workspace = workspace
         self._no_peers = torch.zeros(1, dtype=torch.int64, device=mesh.device)
@@ -113,7 +123,7 @@ class PeerDispatcher(Dispatcher):
                 x_TM, chosen_TK, weights_TK, space.tokens_TM, space.ids_TK, space.weights_TK, self.num_experts
             )
             space.barrier()
-        plan = self._plan(chosen_TK)
+        plan = self._plan(chosen_TK, products_are_grouped(x_TM))
         rows_RM, row_weights = _Pull.apply(x_TM, weights_TK, self, plan)
         return rows_RM, replace(plan, row_weights=row_weights)  # not the plan that the graph of the weights holds
 
@@ -129,35 +139,52 @@ class PeerDispatcher(Dispatcher):
             self.workspace.tokens_TM[: len(rows_TM)].copy_(rows_TM)
             self.workspace.barrier()
 
-    def _plan(self, chosen_TK: Tensor) -> PeerPlan:
-        """Lay out the rows of all ranks' copies; the host waits for their number while the GPU lays them out."""
+    def _plan(self, chosen_TK: Tensor, on_device: bool) -> PeerPlan:
+        """Lay out the rows of all ranks' copies. The host waits for their number while the GPU lays them out, unless
+        the experts find their rows `on_device` and room for the most that there can be is no waste."""
         space = self.workspace
         if space is None:
             rows = ops.kernels().LocalRows(self._no_peers, 0, chosen_TK, self.me, self.experts)
         else:
             rows = ops.kernels().LocalRows(space.memory.pointers, space.ids_at, space.ids_TK, self.me, self.experts)
-        self._ends_on_host.copy_(rows.ends, non_blocking=True)
-        known = torch.cuda.Event() if chosen_TK.is_cuda else None
-        if known is not None:
-            known.record()
+        num_rows = self._most_rows(*chosen_TK.shape) if on_device else None
+        expert_rows, known = None, None
+        if num_rows is None:
+            self._ends_on_host.copy_(rows.ends, non_blocking=True)
+            known = torch.cuda.Event() if chosen_TK.is_cuda else None
+            if known is not None:
+                known.record()
         places_PTK = rows.places()
-        if known is not None:
-            known.synchronize()
-        ends = self._ends_on_host.tolist()
-        expert_rows = [end - start for start, end in zip([0, *ends], ends, strict=False)]
-        return PeerPlan(chosen_TK, places_PTK, expert_rows, rows.ends)
+        if num_rows is None:
+            if known is not None:
+                known.synchronize()
+            ends = self._ends_on_host.tolist()
+            expert_rows = [end - start for start, end in zip([0, *ends], ends, strict=False)]
+            num_rows = sum(expert_rows)
+        counted = space is not None and metering.INSTALLED
+        crossings = self._crossings(chosen_TK, places_PTK) if counted else None
+        return PeerPlan(chosen_TK, places_PTK, num_rows, expert_rows, rows.ends, crossings)
+
+    def _most_rows(self, num_tokens: int, top_k: int) -> int | None:
+        """Rows that this rank's experts can get at most, None where an even share of all copies is far less."""
+        if self.workspace is not None:
+            num_tokens = self.workspace.max_tokens
+        share = num_tokens * top_k
+        most = self.num_ranks * share
+        if self.spec.capacity_factor is not None:
+            most = min(most, self.num_ranks * self.num_local * self.spec.capacity(num_tokens))
+        return most if 0 < most <= (1 + MOST_SPARE) * share else None
 
     def pull(self, own_TM: Tensor, plan: PeerPlan, weights_TK: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Rows [R, M] of this rank's experts from what ranks have staged, and their weights [R] where asked for."""
         space = self.workspace
         if space is not None:
             space.tokens_in_use = True
-            self._tell(lambda: self._bytes_read(own_TM, plan.chosen_TK, weights_TK is not None))
+            self._tell_read(own_TM, plan, weights_TK is not None)
         pointers = self._no_peers if space is None else space.memory.pointers
         tokens_at, weights_at = (0, 0) if space is None else (space.tokens_at, space.weights_at)
-        num_rows = sum(plan.expert_rows)
         return ops.kernels().pull_rows(
-            pointers, self.me, own_TM, tokens_at, plan.places_PTK, num_rows, weights_TK, weights_at
+            pointers, self.me, own_TM, tokens_at, plan.places_PTK, plan.num_rows, weights_TK, weights_at
         )
 
     def push(self, rows_RM: Tensor, plan: PeerPlan, row_grads_R: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
@@ -170,7 +197,7 @@ class PeerDispatcher(Dispatcher):
             fast.push_sums(self._no_peers, 0, rows_RM, plan.places_PTK, sums_TM.unsqueeze(1), 0, row_grads_R, grads_TK)
             return sums_TM, grads_TK
         space.before_pushing()
-        self._tell(lambda: self._bytes_written(rows_RM, plan.places_PTK, row_grads_R is not None))
+        self._tell_written(rows_RM, plan, row_grads_R is not None)
         fast.push_sums(
             space.memory.pointers,
             self.me,
@@ -189,25 +216,39 @@ class PeerDispatcher(Dispatcher):
             space.slots_TJM[:num_tokens], plan.chosen_TK, self.num_experts, self.num_local, grads_TK
         )
 
-    def _bytes_read(self, own_TM: Tensor, chosen_TK: Tensor, in_dispatch: bool) -> list[int]:
+    # Byte meters see messages only; what is read and written in place is told, when one listens.
+
+    def _crossings(self, chosen_TK: Tensor, places_PTK: Tensor) -> Tensor:
+        """[3, P], as `PeerPlan.crossings_3P`."""
+        ranks_P11 = torch.arange(self.num_ranks, device=chosen_TK.device).view(-1, 1, 1)
+        read_PTK, here_PTK = chosen_TK // self.num_local == ranks_P11, places_PTK >= 0
+        return torch.stack([read_PTK.any(2).sum(1), here_PTK.any(2).sum(1), here_PTK.sum((1, 2))])
+
+    def _tell_read(self, own_TM: Tensor, plan: PeerPlan, in_dispatch: bool) -> None:
         """What each rank reads of this one's: a token that chose it once; in dispatch its weights, too, and all ids, by
         the kernel that counts and by the one that places."""
+        if plan.crossings_3P is None:
+            return
         assert self.workspace is not None
-        a_token = own_TM.shape[1] * own_TM.element_size() + (4 * chosen_TK.shape[1] if in_dispatch else 0)
-        ids = 2 * 8 * self.workspace.ids_TK.numel() if in_dispatch else 0
-        rank_TK = chosen_TK // self.num_local
-        return [a_token * int((rank_TK == rank).any(1).sum()) + ids for rank in range(self.num_ranks)]
-
-    def _bytes_written(self, rows_RM: Tensor, places_PTK: Tensor, with_grads: bool) -> list[int]:
-        """What this rank writes to each: a token's sum, and for each of its copies the gradient of the weight."""
-        here_PTK = places_PTK >= 0
-        sums_P = here_PTK.any(2).sum(1) * (rows_RM.shape[1] * rows_RM.element_size())
-        return (sums_P + (4 * here_PTK.sum((1, 2)) if with_grads else 0)).tolist()
-
-    def _tell(self, bytes_per_peer: Callable[[], list[int]]) -> None:
-        """Byte meters see messages only; what is read and written in place is told, when one listens."""
+        top_k = plan.chosen_TK.shape[1]
         for meter in metering.INSTALLED:
-            meter.count_all_to_all(bytes_per_peer(), self.mesh.ep_group)
+            meter.count_rows(plan.crossings_3P[0], _row_bytes(own_TM) + 4 * top_k * in_dispatch, self.mesh.ep_group)
+            if in_dispatch:
+                ids = 2 * 8 * self.workspace.ids_TK.numel()
+                meter.count_all_to_all([ids] * self.num_ranks, self.mesh.ep_group)
+
+    def _tell_written(self, rows_RM: Tensor, plan: PeerPlan, with_grads: bool) -> None:
+        """What this rank writes to each: a token's sum, and for each of its copies the gradient of the weight."""
+        if plan.crossings_3P is None:
+            return
+        for meter in metering.INSTALLED:
+            meter.count_rows(plan.crossings_3P[1], _row_bytes(rows_RM), self.mesh.ep_group)
+            if with_grads:
+                meter.count_rows(plan.crossings_3P[2], 4, self.mesh.ep_group)
+
+
+def _row_bytes(rows_RM: Tensor) -> int:
+    return rows_RM.shape[1] * rows_RM.element_size()
 
 
 def _aligned(tensor: Tensor) -> Tensor:

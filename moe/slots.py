@@ -19,10 +19,10 @@ from moe.experts import GroupedExperts, feed_forward
 class BatchedExperts(GroupedExperts):
     """Experts with equally many rows, as batched matrix products; no weights of rows."""
 
-    def forward(self, rows_RM: Tensor, expert_rows: list[int], *_: Tensor | None) -> Tensor:
+    def forward(self, rows_RM: Tensor, *_: list[int] | Tensor | None) -> Tensor:
         """Run each expert on its R / L rows [R, M]; returns the same order and dtype."""
         w_in, w_out = self.w_in.to(rows_RM.dtype), self.w_out.to(rows_RM.dtype)
-        x_LCM = rows_RM.view(len(self.experts), expert_rows[0], rows_RM.shape[1])
+        x_LCM = rows_RM.view(len(w_in), len(rows_RM) // len(w_in), rows_RM.shape[1])
         y_LCM = feed_forward(x_LCM, w_in, w_out, self.activation, lambda rows, weight: rows @ weight.mT)
         return y_LCM.view_as(rows_RM)
 

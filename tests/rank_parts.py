@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Callable
 from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from baselines.reference import ReferenceLayer
 from experiments.ranks import RankInfo
 from moe.dispatch import AllToAllDispatcher, Dispatcher
+from moe.experts import GroupedExperts
 from moe.gate import Routing
 from moe.layer import NativeMoE
 from moe.mesh import Mesh, create_mesh
@@ -75,9 +77,7 @@ def dispatch(meshes: dict[int, Mesh]) -> Facts:
 
 def peer_dispatch(meshes: dict[int, Mesh]) -> Facts:
     """Round trips through memory that the ranks share."""
-    return round_trips(
-        meshes, lambda mesh, num_experts, top_k: cpu_peers(mesh, num_experts, 7, top_k, 2, torch.float32)
-    )
+    return round_trips(meshes, lambda mesh, num_experts, top_k: cpu_peers(mesh, LayerSpec(2, 8, num_experts, top_k), 7))
 
 
 def round_trips(meshes: dict[int, Mesh], build: Callable[[Mesh, int, int], Dispatcher]) -> Facts:
@@ -121,7 +121,30 @@ PEER_LAYERS: dict[str, dict[str, Any]] = {
     "top3 swiglu": {"top_k": 3, "activation": "swiglu"},
     "top6": {"top_k": 6},
     "top2 drops": {"top_k": 2, "capacity_factor": 0.75},
+    "top2 drops, by ends": {"top_k": 2, "capacity_factor": 0.75},
+    "top2 with much room, by ends": {"top_k": 2, "capacity_factor": 2.0},
 }
+
+
+class ExpertsByEnds(GroupedExperts):
+    """Experts that find their rows by the ends alone, as grouped products do, and leave any result in the others."""
+
+    told: bool = True
+
+    def forward(
+        self,
+        rows_RM: Tensor,
+        expert_rows: list[int] | None,
+        expert_ends: Tensor | None = None,
+        row_weights_R: Tensor | None = None,
+    ) -> Tensor:
+        """As `GroupedExperts.forward`; notes whether the host was told of their rows."""
+        self.told = expert_rows is not None
+        assert expert_ends is not None and row_weights_R is not None
+        ends = [0, *expert_ends.tolist()]
+        rows = [end - start for start, end in zip(ends, ends[1:], strict=False)]
+        y_RM = super().forward(rows_RM[: ends[-1]], rows, expert_ends, row_weights_R[: ends[-1]])
+        return torch.cat([y_RM, torch.full_like(rows_RM[ends[-1] :], torch.nan)])
 
 
 def peer_layers(meshes: dict[int, Mesh]) -> Facts:
@@ -131,7 +154,11 @@ def peer_layers(meshes: dict[int, Mesh]) -> Facts:
     for name, kwargs in PEER_LAYERS.items():
         spec = LayerSpec(16, 8, 8, **kwargs)
         layers: list[MoELayer] = [ReferenceLayer(spec, mesh)]
-        layers += [NativeMoE(spec, mesh, dispatcher=cpu_peers(mesh, 8, 12, spec.top_k, 16, spec.dtype))]
+        native = NativeMoE(spec, mesh, dispatcher=cpu_peers(mesh, spec, 12))
+        by_ends = name.endswith("by ends")
+        if by_ends:
+            native.experts = ExpertsByEnds(spec, mesh.local_experts(8), CPU)
+        layers += [native]
         facts[name] = {"errors": [], "sent": []}
         for turn in range(2):
             generator = torch.Generator().manual_seed(2 * mesh.rank + turn)
@@ -143,7 +170,8 @@ def peer_layers(meshes: dict[int, Mesh]) -> Facts:
                     parameter.grad = None
                 tokens = x_TM.clone().requires_grad_()
                 meter = LinkMeter(CLUSTER, mesh.rank)
-                with meter.installed():
+                grouped = mock.patch("moe.peer_dispatch.products_are_grouped", return_value=by_ends)
+                with meter.installed(), grouped:
                     output = layer(tokens)
                     ((output.y_TM * grad_TM).sum() + output.aux_loss).backward()
                 GradientSync(layer, layer.sharded_parameters(), mesh).reduce()
@@ -160,17 +188,19 @@ def peer_layers(meshes: dict[int, Mesh]) -> Facts:
             facts[name].setdefault("pairs", []).append(pairs)
             copies = [int((routing_ids // 2 == rank).sum()) for rank in range(4)]
             facts[name].setdefault("copies", []).append(copies)
+        if isinstance(native.experts, ExpertsByEnds):
+            facts[name]["told"] = native.experts.told
     return facts
 
 
 def peer_order(meshes: dict[int, Mesh]) -> Facts:
     """Barriers that calls in several orders take, and whether a step leaves nothing to the garbage collector."""
     mesh = meshes[4]
-    dispatcher = cpu_peers(mesh, 8, 6, 2, 16, torch.float32)
+    spec = LayerSpec(16, 8, 8, 2)
+    dispatcher = cpu_peers(mesh, spec, 6)
     assert dispatcher.workspace is not None
     memory = dispatcher.workspace.memory
     assert isinstance(memory, FileMemory)
-    spec = LayerSpec(16, 8, 8, 2)
     layer = NativeMoE(spec, mesh, dispatcher=dispatcher)
     load_layer(layer)
     x_TM = torch.randn(6, 16, generator=torch.Generator().manual_seed(mesh.rank))

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from moe.mesh import Mesh
 from moe.peer_dispatch import PeerDispatcher
 from moe.peers import Workspace
+from moe.system import LayerSpec
 
 
 class FileMemory:
@@ -44,12 +45,12 @@ class FileMemory:
         dist.barrier(group=self.group)
 
 
-def cpu_peers(
-    mesh: Mesh, num_experts: int, max_tokens: int, top_k: int, model_dim: int, dtype: torch.dtype
-) -> PeerDispatcher:
+def cpu_peers(mesh: Mesh, spec: LayerSpec, max_tokens: int) -> PeerDispatcher:
     """The dispatcher over such memory, or over none on a rank alone. Collective."""
     if mesh.ep_size == 1:
-        return PeerDispatcher(mesh, num_experts)
-    slots = min(top_k, mesh.ep_size)
-    workspace = Workspace(lambda size: FileMemory(size, mesh), max_tokens, top_k, slots, model_dim, dtype)
-    return PeerDispatcher(mesh, num_experts, workspace)
+        return PeerDispatcher(mesh, spec)
+    slots = min(spec.top_k, mesh.ep_size)
+    workspace = Workspace(
+        lambda size: FileMemory(size, mesh), max_tokens, spec.top_k, slots, spec.model_dim, spec.dtype
+    )
+    return PeerDispatcher(mesh, spec, workspace)

@@ -79,6 +79,14 @@ def test_layers_over_shared_memory_equal_the_oracle(rank_facts: dict[str, Facts]
             assert max(found["errors"]) < 1e-5, name
 
 
+def test_the_host_waits_for_numbers_of_rows_only_where_room_for_the_most_would_be_wasted(
+    rank_facts: dict[str, Facts],
+) -> None:
+    for facts in rank_facts["peer_layers"]:
+        assert not facts["top2 drops, by ends"]["told"]
+        assert facts["top2 with much room, by ends"]["told"]
+
+
 def test_a_token_crosses_once_to_each_rank(rank_facts: dict[str, Facts]) -> None:
     """Rows of 64 bytes there, back, and both again for the gradients; each token's weights with it and their gradients
     back, 4 bytes a choice; all ids of 8 bytes twice to every rank."""

@@ -6,6 +6,7 @@ from collections import Counter
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from moe import metering
@@ -107,5 +108,13 @@ def test_what_a_package_sends_by_itself_is_told(monkeypatch: pytest.MonkeyPatch)
     with meter.installed():
         assert metering.INSTALLED[-1] is meter
         meter.count_all_to_all([1, 2, 30, 400], None)
+        meter.count_rows(torch.tensor([1, 0, 2, 0]), 1000, None)
+        meter.count_rows(torch.tensor([0, 3, 0, 1]), 100_000, None)
+        meter.count_to_next(5, None, "other")
     assert not metering.INSTALLED
-    assert meter.sent == {(0, A2A): 2, (NODE, A2A): 1, (NETWORK, A2A): 430}
+    known = {(0, A2A): 300_002, (NODE, A2A): 1001, (NETWORK, A2A): 102_430, (NETWORK, "other"): 5}
+    assert meter.sent == known
+    assert meter.sent == known, "rows are counted once"
+    meter.count_rows(torch.tensor([1, 1, 1, 1]), 8, None)
+    meter.reset()
+    assert not meter.sent
