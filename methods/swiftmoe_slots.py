@@ -8,19 +8,18 @@ R shards.
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from methods.swiftmoe_rank_table import RankTable
 from moe import ops
-from moe.experts import GroupedExperts
+from moe.experts import CopiedExperts
 from moe.flat_experts import FlatExperts
 from moe.mesh import Mesh
 from moe.system import ExpertView, LayerSpec
 
 
-class SlotExperts(GroupedExperts):
-    """This rank's L slots. Their weights are no parameters of the module: what is trained is the optimizer's shards
-    (`methods.swiftmoe_optimizer`), which the slots are filled from.
+class SlotExperts(CopiedExperts):
+    """This rank's L slots, copies of the optimizer's shards (`methods.swiftmoe_optimizer`).
 
     Args:
         spec: of the layer; the weights have its dtype.
@@ -35,11 +34,7 @@ class SlotExperts(GroupedExperts):
     here: RankTable
 
     def __init__(self, spec: LayerSpec, mesh: Mesh, here: RankTable, flat: FlatExperts) -> None:
-        super().__init__(spec, range(here.table.slots_per_rank), torch.device("meta"))
-        for name, shape in [("w_in", self.w_in.shape), ("w_out", self.w_out.shape)]:
-            delattr(self, name)
-            weight = nn.Parameter(torch.empty(shape, dtype=spec.dtype, device=mesh.device))
-            object.__setattr__(self, name, weight)  # nn.Module's own would make it a parameter of the module
+        super().__init__(spec, range(here.table.slots_per_rank), mesh.device)
         self.mesh, self.flat = mesh, flat
         self._sums_RF: Tensor | None = None
         self.use(here)
@@ -102,7 +97,8 @@ class SlotExperts(GroupedExperts):
 
     def drop_gradients(self) -> None:
         """Forget the slots' gradients and their sums."""
-        self.w_in.grad = self.w_out.grad = self._sums_RF = None
+        super().drop_gradients()
+        self._sums_RF = None
 
     def fill(self, shards_NLF: Tensor) -> None:
         """Take the weights of every slot, in shards [N, L, F]; the gradients of what was there are gone."""

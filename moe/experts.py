@@ -136,6 +136,26 @@ class GroupedExperts(nn.Module):
         ]
 
 
+class CopiedExperts(GroupedExperts):
+    """Experts whose weights, in the dtype of the arithmetic, are copies of what is trained elsewhere: no parameters of
+    the module.
+
+    Args:
+        spec, experts, device: as of `GroupedExperts`.
+    """
+
+    def __init__(self, spec: LayerSpec, experts: Sequence[int], device: torch.device) -> None:
+        super().__init__(spec, experts, torch.device("meta"))
+        for name, shape in [("w_in", self.w_in.shape), ("w_out", self.w_out.shape)]:
+            delattr(self, name)
+            weight = nn.Parameter(torch.empty(shape, dtype=spec.dtype, device=device))
+            object.__setattr__(self, name, weight)  # nn.Module's own would make it a parameter of the module
+
+    def drop_gradients(self) -> None:
+        """Forget the gradients of the copies."""
+        self.w_in.grad = self.w_out.grad = None
+
+
 class _GroupedFFN(torch.autograd.Function):
     """All experts' networks on a GPU. Keeps the rows and the hidden values; the activation is computed anew backward,
     in the pass that computes its gradient, which overwrites what was kept.

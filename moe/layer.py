@@ -30,7 +30,7 @@ class NativeMoE(MoELayer):
     Args:
         spec: what to compute.
         mesh: where; E is spread over its expert-parallel group, contiguously.
-        gate, dispatcher: replacements of the default parts.
+        gate, dispatcher, experts: replacements of the default parts.
         moves_experts: whether experts can change places; the layer then has a `placement`.
     """
 
@@ -40,12 +40,13 @@ class NativeMoE(MoELayer):
         mesh: Mesh,
         gate: TopKGate | None = None,
         dispatcher: Dispatcher | None = None,
+        experts: GroupedExperts | None = None,
         moves_experts: bool = False,
     ) -> None:
         super().__init__(spec, mesh)
         self.gate = gate or TopKGate(spec, mesh.device)
         self.dispatcher = dispatcher or default_dispatcher(spec, mesh)
-        self.experts = GroupedExperts(spec, mesh.local_experts(spec.num_experts), mesh.device)
+        self.experts = experts or GroupedExperts(spec, mesh.local_experts(spec.num_experts), mesh.device)
         self.placement = Placement(spec.num_experts, mesh.device) if moves_experts else None
 
     def forward(self, x_TM: Tensor) -> MoEOutput:

@@ -47,13 +47,24 @@ TAKEN_OVER = [
     ("flexmoe", "flat"),
     ("flat", "flexmoe"),
     ("deepspeed_static", "deepspeed_static"),
+    ("deepspeed_static", "flat"),
+    ("flat", "deepspeed_static"),
+    ("deepspeed_static, whole", "deepspeed_static"),
 ]
 """Checkpoints by who saved and who loads them."""
-STATIC = [(name, replicas) for name in ("deepspeed_static", "deepspeed") for replicas in (1, 2, 4)]
+STATIC: dict[str, tuple[str, dict[str, Any]]] = {
+    f"{name} {replicas}": (name, {"replicas": replicas})
+    for name in ("deepspeed_static", "deepspeed")
+    for replicas in (1, 2, 4)
+} | {
+    f"deepspeed_static {replicas}, whole": ("deepspeed_static", {"replicas": replicas, "zero_stage": 0})
+    for replicas in (2, 4)
+}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "flat": ("flat", {}),
     "flexmoe": ("flexmoe", {"slots_per_rank": 3, "interval": 2, "balanced": 1.0}),  # saved amid an interval
     "deepspeed_static": ("deepspeed_static", {"replicas": 2}),
+    "deepspeed_static, whole": ("deepspeed_static", {"replicas": 2, "zero_stage": 0}),
 }
 
 
@@ -67,7 +78,7 @@ def measure(payload: dict[str, Any], info: RankInfo) -> list[dict[str, Any]]:
         "pairs": placements(LAYERS["top1"], pairs),
         "bytes": [sent(index, mesh) for index in range(len(TABLES))],
         "decisions": {policy: decisions(policy, mesh) for policy in ("popularity", "time")},
-        "static": {f"{name} {replicas}": static(name, replicas, mesh) for name, replicas in STATIC},
+        "static": {name: static(system, options, mesh) for name, (system, options) in STATIC.items()},
         "static drops": static_drops(mesh),
         "models": models(Path(payload["folder"]), mesh),
     }
@@ -203,22 +214,31 @@ def decisions(policy: str, mesh: Mesh) -> dict[str, Any]:
     return facts | {"rows": rows}
 
 
-def static(name: str, replicas: int, mesh: Mesh) -> dict[str, Any]:
-    """Errors of blocks of ranks against flat over two steps, and what the layer tells of itself."""
+def static(name: str, options: dict[str, Any], mesh: Mesh) -> dict[str, Any]:
+    """Errors of blocks of ranks against flat over two steps, what the layer tells of itself, what is trained here, and
+    bytes of a step behind backward."""
     spec = LAYERS["top2 swiglu"]
     plain = flat_trainee(spec, mesh)
-    system = create(name, {"replicas": replicas})
+    system = create(name, options)
     layer = system.build_layer(spec, mesh)
     load_layer(layer)
     blocks = Trainee(system, layer)
     errors = [step_errors(plain, blocks, index)[0] | state_errors(plain, blocks) for index in range(2)]
     held = sorted({view.expert for view in layer.expert_views()})
+    layer(torch.ones(4, spec.model_dim)).y_TM.sum().backward()
+    meter = LinkMeter(mesh.cluster, mesh.rank)
+    with meter.installed():
+        blocks.sync.reduce()
+        blocks.optimizer.step()
+        system.after_step(layer, blocks.optimizer, 3)
     again = system.build_layer(spec, mesh)
     return {
         "errors": errors,
         "held": held,
         "replicas": layer.replicas_E,
         "same groups": again.mesh.ep_group is layer.mesh.ep_group,
+        "trained": sum(parameter.numel() for parameter in layer.sharded_parameters()),
+        "sent": sum(meter.sent.values()),
     }
 
 

@@ -166,7 +166,9 @@ class Trainee:
         facts = {"output": output.y_TM, "input": x_TM.grad, "gate": self.layer.gate_weight.grad.clone()}
         for view in self.layer.expert_views():
             assert view.parameter.grad is not None
-            facts[f"{view.expert} {view.name}"] = view.view(view.parameter.grad).clone()
+            whole = torch.full(spec.expert_shapes[view.name], torch.nan)  # a rank may have a part of it
+            view.part(whole).copy_(view.view(view.parameter.grad))
+            facts[f"{view.expert} {view.name}"] = whole
         facts["norm"] = self.sync.clip(self.clip)
         for group in self.optimizer.param_groups:
             group["lr"] = 1e-2 / (1 + index)
@@ -177,7 +179,7 @@ class Trainee:
 def state(trainee: Trainee) -> dict[str, Tensor]:
     """Weights and moments of this rank's part of the whole experts, and of the gate."""
     facts: dict[str, Tensor] = {"gate": trainee.layer.gate_weight.detach().clone()}
-    with whole(trainee):
+    with trainee.layer.whole_experts(trainee.optimizer, loading=False):
         for view in trainee.layer.expert_views():
             kept = trainee.optimizer.state[view.parameter]
             facts[f"{view.expert} {view.name}"] = view.view(view.parameter.detach()).clone()
@@ -185,16 +187,6 @@ def state(trainee: Trainee) -> dict[str, Tensor]:
             for moment in ("exp_avg", "exp_avg_sq"):
                 facts[f"{view.expert} {view.name} {moment}"] = view.view(kept[moment]).clone()
     return facts
-
-
-@contextmanager
-def whole(trainee: Trainee, loading: bool = False) -> Iterator[None]:
-    """Where whole experts are seen; another system's always are."""
-    if isinstance(trainee.layer, SwiftMoELayer):
-        with trainee.layer.whole_experts(trainee.optimizer, loading):
-            yield
-    else:
-        yield
 
 
 def gathered_gradients(facts: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -205,7 +197,10 @@ def gathered_gradients(facts: dict[str, Tensor]) -> dict[str, Tensor]:
     union: dict[str, Tensor] = {}
     for one in ranks:
         for name, value in one.items():
-            assert torch.equal(union.setdefault(name, value), value), f"{name} differs between ranks"
+            there = union.get(name, value)
+            both = ~(value.isnan() | there.isnan())
+            assert torch.equal(value[both], there[both]), f"{name} differs between ranks"
+            union[name] = torch.where(value.isnan(), there, value)
     return union
 
 

@@ -140,10 +140,11 @@ def test_a_checkpoint_brings_its_placement(facts: Facts) -> None:
     assert told["flat to flexmoe tables"] == [first, first]
 
 
-@pytest.mark.parametrize(("name", "replicas"), STATIC)
-def test_static_replicas_train_as_flat(name: str, replicas: int, facts: Facts) -> None:
+@pytest.mark.parametrize("name", STATIC)
+def test_static_replicas_train_as_flat(name: str, facts: Facts) -> None:
+    replicas = STATIC[name][1]["replicas"]
     for rank, found in enumerate(facts):
-        told = found["static"][f"{name} {replicas}"]
+        told = found["static"][name]
         for errors in told["errors"]:
             assert_close(errors)
         block = WORLD_SIZE // replicas
@@ -151,6 +152,15 @@ def test_static_replicas_train_as_flat(name: str, replicas: int, facts: Facts) -
         assert told["held"] == list(range(place * size, (place + 1) * size))
         assert told["replicas"] == (None if replicas == 1 else [replicas] * NUM_EXPERTS)
         assert told["same groups"]
+
+
+@pytest.mark.parametrize("replicas", [2, 4])
+def test_zero_1_trains_a_part_a_replica_and_sends_as_much(replicas: int, facts: Facts) -> None:
+    """A float32 ring either way: gradients all-reduced, or scattered and weights gathered."""
+    for found in facts:
+        cut, whole = (found["static"][f"deepspeed_static {replicas}{kind}"] for kind in ("", ", whole"))
+        assert cut["trained"] * replicas == whole["trained"]
+        assert cut["sent"] == whole["sent"] > 0
 
 
 def test_static_capacity_is_the_suites(facts: Facts) -> None:
@@ -246,7 +256,7 @@ def test_replicas_that_do_not_fit_are_refused() -> None:
 )
 def test_static_replicas_are_four_or_what_fits(num_experts: int, num_ranks: int, replicas: int) -> None:
     assert DeepSpeedStatic().replicas(num_experts, num_ranks) == replicas
-    assert DeepSpeedStatic().refusals(LayerSpec(8, 8, num_experts, 1), cluster_of([num_ranks])) == []
+    assert DeepSpeedStatic().refusals(LayerSpec(8, 12, num_experts, 1), cluster_of([num_ranks])) == []
 
 
 @pytest.mark.parametrize(
@@ -280,3 +290,11 @@ def test_a_layer_says_what_it_is_and_takes_no_foreign_placement() -> None:
     layer.restore_placement([*range(8), 7])
     assert layer.replicas_E == [1] * 7 + [2]
     assert [view.expert for view in layer.expert_views()[::2]] == [*range(8), 7]
+
+
+def test_zero_1_refuses_experts_that_replicas_can_not_be_cut_along() -> None:
+    spec, cluster = LayerSpec(8, 10, 16, 1), cluster_of([4])
+    (reason,) = DeepSpeedStatic().refusals(spec, cluster)
+    assert "hidden_dim=10 is no multiple of 4" in reason and "zero_stage=0" in reason
+    assert DeepSpeedStatic({"zero_stage": 0}).refusals(spec, cluster) == []
+    assert DeepSpeedStatic({"replicas": 2}).refusals(spec, cluster) == []

@@ -218,10 +218,14 @@ def test_blocks_of_replicas_exchange_inside_a_block() -> None:
     block = layer.block(4)
     assert [lv.fanout for lv in block.cluster.levels] == [1, 2, 2, 1] and block.ids_PTK.shape[0] == 4
     assert [lv.fanout for lv in outside_of(CLUSTER, 4).levels] == [1, 1, 1, 2]
-    model = create("deepspeed_static", {"replicas": 2}).simulated_layer(layer)
+    model = create("deepspeed_static", {"replicas": 2, "zero_stage": 0}).simulated_layer(layer)
     (extra,) = model.extras
     assert extra.size_bytes == 4 * 4 * WEIGHTS, "four experts a rank, float32"
     assert extra.cost == AlphaBeta(2 * SITE.alpha_s, SITE.beta_s_per_byte), "an all-reduce of two sends all once"
+    gradients, weights = create("deepspeed_static", {"replicas": 2}).simulated_layer(layer).extras
+    assert gradients.cost == weights.cost == AlphaBeta(SITE.alpha_s, SITE.beta_s_per_byte / 2), "half of the ring each"
+    itemsize = layer.spec.dtype.itemsize
+    assert (gradients.size_bytes, weights.size_bytes) == (4 * 4 * WEIGHTS, itemsize * 4 * WEIGHTS)
     assert model.costs["all_to_all"] in (NODE, NETWORK)
 
 
