@@ -126,7 +126,7 @@ def check_samples(samples: Samples, systems: list[str]) -> tuple[pd.DataFrame, l
                     problems.append(Problem(system, seed, "samples", *flaw))
     excluded = {(problem.system, problem.seed) for problem in problems}
     usable = [(system, seed) not in excluded for system, seed in zip(table["system"], table["seed"], strict=True)]
-    return table[usable], problems, seeds
+    return table[np.array(usable, dtype=bool)], problems, seeds  # an empty list would choose no column
 
 
 def _sample_flaw(cells: pd.DataFrame | None) -> tuple[str, str] | None:

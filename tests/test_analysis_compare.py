@@ -350,6 +350,14 @@ def test_missing_samples_leave_the_training_numbers(tmp_path: Path) -> None:
     assert_no_number(cell(comparison, "flat", "tokens_per_s"), "missing: there is no samples.parquet")
 
 
+def test_samples_of_nothing_but_failures_leave_the_training_numbers(tmp_path: Path) -> None:
+    runs, _ = whole(tmp_path, systems=["flat"])
+    failed = pd.DataFrame(status_row("flat", 0, "failed: no run") + status_row("flat", 1, "failed: no run"))
+    comparison = compare(runs, write_samples(tmp_path / "again", ["flat"], lambda _table: failed))
+    assert cell(comparison, "flat", "train_loss")["status"] == "ok"
+    assert_no_number(cell(comparison, "flat", "tokens_per_s"), "failed")
+
+
 def test_samples_alone_are_a_comparison(tmp_path: Path) -> None:
     _, samples = whole(tmp_path)
     comparison = compare([], samples)
