@@ -52,10 +52,13 @@ class Options(SlotOptions):
     Args:
         reduce_dtype: of the experts' gradients on their way between ranks: `fp32` as in the other systems, or `bf16`,
             half of the bytes, as in the paper's accounting.
+        scatter: new weights of an expert go to each `rank` that holds it once (ours), or once for each `slot` of it, as
+            in the paper's accounting.
         offload: the optimizer's shards and their step in the host's memory, as in the paper.
     """
 
     reduce_dtype: Literal["fp32", "bf16"] = "fp32"
+    scatter: Literal["rank", "slot"] = "rank"
     offload: bool = False
 
 
@@ -92,8 +95,9 @@ class SwiftMoELayer(ReplicatedMoE):
     def __init__(self, spec: LayerSpec, mesh: Mesh, options: Options) -> None:
         table = even_table(spec.num_experts, mesh.world_size, options.slots(spec.num_experts, mesh.world_size))
         flat = FlatExperts(spec, mesh.world_size)
-        here = RankTable(table, mesh.rank)
+        here = RankTable(table, mesh.rank, options.scatter == "slot")
         super().__init__(spec, mesh, table, SlotExperts(spec, mesh, here, flat), options.drop)
+        self.per_slot = options.scatter == "slot"
         _use([self], [here])
         self.shards = ExpertShards(spec, mesh, flat, REDUCE_DTYPES[options.reduce_dtype], options.offload)
         self.counts_E = self.popularity = None
@@ -150,7 +154,11 @@ class SwiftMoELayer(ReplicatedMoE):
 
     def use(self, table: SlotTable) -> None:
         """Go by another table; its slots must be filled next (`ExpertShards.refill`)."""
-        _use([self], [RankTable(table, self.mesh.rank)])
+        _use([self], [self.seen_here(table)])
+
+    def seen_here(self, table: SlotTable) -> RankTable:
+        """What this rank makes of a table."""
+        return RankTable(table, self.mesh.rank, self.per_slot)
 
     @property
     def path(self) -> str:
@@ -249,11 +257,12 @@ class SwiftMoE(System):
         np.add.at(slots_EP, (table.expert_of_slot, np.arange(table.num_slots) // slots), 1)
         gradient_bytes = (4.0 if self.options.reduce_dtype == "fp32" else 2.0) * layer.expert_weights
         shared = max((slots_EP[table.shared] > 0).sum(0).tolist(), default=0)
+        fills = slots if self.options.scatter == "slot" else int((slots_EP > 0).sum(0).max())
         ring, even = ring_cost(layer.cluster), layer.exchange(np.ones((num_ranks, num_ranks), dtype=np.int64)).cost
         extras = (
             Extra("replica_gradients", ring, 2 * shared * gradient_bytes),
             Extra("gradient_shards", even, num_experts * gradient_bytes / num_ranks),
-            Extra("slot_weights", even, slots * layer.spec.dtype.itemsize * layer.expert_weights),
+            Extra("slot_weights", even, fills * layer.spec.dtype.itemsize * layer.expert_weights),
         )
         model = layer.model(layer.counts_PE, layer.spread(slots_EP))
         return replace(model, extras=extras if num_ranks > 1 else ())
@@ -287,7 +296,7 @@ def place(layers: Sequence[SwiftMoELayer], tables: Sequence[SlotTable]) -> None:
     """
     with step_part("metadata"):
         moved = [
-            (layer, RankTable(table, layer.mesh.rank))
+            (layer, layer.seen_here(table))
             for layer, table in zip(layers, tables, strict=True)
             if table is not layer.table
         ]

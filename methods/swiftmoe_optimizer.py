@@ -127,21 +127,22 @@ class ExpertShards(nn.Module):
         """Send every slot of a table its expert's weights; in parts, for `in_turn`.
 
         Each rank sends its shard of the slot's expert, whatever was in the slot before: rebalancing costs nothing on
-        top (section 4.4). Slots of one rank with the same expert get it once each, as the paper counts.
+        top (section 4.4). Slots of one rank with the same expert share what comes (ours), or get it once each, as the
+        paper counts: by the table.
 
         Args:
             slots: to be filled.
             here: what this rank makes of the table.
         """
-        slots_per_rank, num_ranks = here.table.slots_per_rank, self.mesh.world_size
+        num_ranks, num_fills = self.mesh.world_size, len(here.fills)
         master_EF, dtype = self.master_EF.detach(), slots.w_in.dtype
         weights_EF = master_EF if self.host is None else self.host.weights(master_EF)
-        rows_JF = _in_slots(weights_EF, here, dtype)
-        exchange = Exchange(rows_JF, [slots_per_rank] * num_ranks, [slots_per_rank] * num_ranks, self.mesh.rank)
-        del weights_EF, rows_JF
+        rows_RF = _for_ranks(weights_EF, here, dtype)
+        exchange = Exchange(rows_RF, here.weight_rows, [num_fills] * num_ranks, self.mesh.rank)
+        del weights_EF, rows_RF
         yield
         slots.use(here)
-        slots.fill(exchange.received().view(num_ranks, slots_per_rank, -1))
+        slots.fill(exchange.received().view(num_ranks, num_fills, -1))
 
     # Whole experts, for initial weights and checkpoints
 
@@ -205,9 +206,9 @@ class ExpertShards(nn.Module):
             yield slice(place, place + 1), [held[place : place + 1] for held in self._whole]
 
 
-def _in_slots(weights_EF: Tensor, here: RankTable, dtype: torch.dtype) -> Tensor:
-    """Shards of experts [E, F] to those of all slots [J, F], in a dtype."""
-    num_slots = here.table.num_slots
+def _for_ranks(weights_EF: Tensor, here: RankTable, dtype: torch.dtype) -> Tensor:
+    """Shards of experts [E, F] to those that go to all ranks, `RankTable.weight_rows` of them, in a dtype."""
+    num_rows = sum(here.weight_rows)
     if ops.is_fast(weights_EF):
-        return ops.kernels().copy_to_replicas(weights_EF, here.slots_E2, num_slots, dtype)
-    return weights_EF.to(dtype).repeat_interleave(here.slots_E2[:, 1], dim=0, output_size=num_slots)
+        return ops.kernels().copy_to_replicas(weights_EF, here.rows_E2, num_rows, dtype)
+    return weights_EF.to(dtype).repeat_interleave(here.rows_E2[:, 1], dim=0, output_size=num_rows)

@@ -1,6 +1,6 @@
-"""A slot table as one rank sees it: which sums of gradients it makes, and which of their shards it sends and receives
-(SYMI, arXiv 2504.19925, section 4.3, algorithm 2). All of it depends on the table alone, so it is worked out once a
-table, and what a GPU has to know of it goes there with that of other layers.
+"""A slot table as one rank sees it: which sums of gradients it makes, which of their shards it sends and receives (SYMI,
+arXiv 2504.19925, section 4.3, algorithm 2), and which new weights. All of it depends on the table alone, so it is worked
+out once a table, and what a GPU has to know of it goes there with that of other layers.
 
 Dimensions: E experts, N ranks, G experts with a slot on this rank, S of them on other ranks too, F numbers of a shard.
 """
@@ -8,6 +8,7 @@ Dimensions: E experts, N ranks, G experts with a slot on this rank, S of them on
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 from torch import Tensor
 
@@ -22,6 +23,7 @@ class RankTable:
     Args:
         table: which expert is in which slot.
         rank: this one.
+        per_slot: new weights come once for each slot, as SYMI counts, instead of once a rank (ours).
 
     Attributes:
         runs: the experts of this rank's slots, in order, each once.
@@ -31,17 +33,20 @@ class RankTable:
         send_rows, receive_rows: [N] shards to and from each rank, this one included. What is received is in the order
             of experts, since no expert comes from a rank before that of the expert before it.
         groups: first and last rank of each of the S experts, in the order of `SlotTable.shared`.
-        order_R, runs_G2: on the device (`take`), `order` and [first slot, slots] of `runs`.
-        slots_E2: the same of every expert and the slots of all ranks.
+        fills: first slot and number of slots of what is received as new weights, in order.
+        weight_rows: [N] shards of new weights to each rank, for rank 0 first, by rising expert.
+        order_R, runs_G2, fills_2: on the device (`take`), `order`, and [first slot, slots] of `runs` and `fills`.
+        rows_E2: of every expert, its first among all shards of new weights that are sent, and how many it has there.
         late_2: [2, rows], the rows among those to send that have to wait for sums over ranks, and where these lie.
     """
 
     order_R: Tensor
     runs_G2: Tensor
-    slots_E2: Tensor
+    fills_2: Tensor
+    rows_E2: Tensor
     late_2: Tensor
 
-    def __init__(self, table: SlotTable, rank: int) -> None:
+    def __init__(self, table: SlotTable, rank: int, per_slot: bool = False) -> None:
         self.table, self.rank, self.runs = table, rank, table.runs(rank)
         num_ranks = table.num_slots // table.slots_per_rank
         shared = [expert for expert in table.shared if rank in table.holders[expert]]
@@ -55,6 +60,12 @@ class RankTable:
         self.receive_rows = [0] * num_ranks
         for expert in range(len(table.counts)):
             self.receive_rows[table.source(expert, rank)] += 1
+        self.fills = [(run.first, run.num_slots) for run in self.runs]
+        self.weight_rows = [table.num_experts_on(peer) for peer in range(num_ranks)]
+        self._rows_of_experts = [len(holders) for holders in table.holders]
+        if per_slot:
+            self.fills = [(slot, 1) for slot in range(table.slots_per_rank)]
+            self.weight_rows, self._rows_of_experts = [table.slots_per_rank] * num_ranks, list(table.counts)
         first = self.runs[0].expert
         behind = [(expert - first) * num_ranks + peer for expert in shared for peer in range(num_ranks)]
         self.order, self.num_sent = to_send + behind, len(to_send)
@@ -66,14 +77,20 @@ class RankTable:
         return [
             self.order,
             [number for run in self.runs for number in (run.first, run.num_slots)],
-            [number for pair in zip(self.table.first_slots, self.table.counts, strict=True) for number in pair],
+            [number for fill in self.fills for number in fill],
+            [
+                number
+                for pair in zip(accumulate(self._rows_of_experts, initial=0), self._rows_of_experts, strict=False)
+                for number in pair
+            ],
             [row for rows in zip(*self._late, strict=True) for row in rows],
         ]
 
     def take(self, tensors: Sequence[Tensor]) -> None:
         """Use these tensors of `numbers`."""
-        self.order_R, runs, slots, late = tensors
-        self.runs_G2, self.slots_E2, self.late_2 = runs.view(-1, 2), slots.view(-1, 2), late.view(2, len(self._late))
+        self.order_R, runs, fills, rows, late = tensors
+        self.runs_G2, self.fills_2, self.rows_E2 = runs.view(-1, 2), fills.view(-1, 2), rows.view(-1, 2)
+        self.late_2 = late.view(2, len(self._late))
 
     @property
     def has_late_rows(self) -> bool:

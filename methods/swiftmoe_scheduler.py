@@ -111,6 +111,11 @@ class SlotTable:
             for expert, (first, stop) in zip(experts, pairwise(edges), strict=True)
         ]
 
+    def num_experts_on(self, rank: int) -> int:
+        """How many experts are in a rank's slots."""
+        start = rank * self.slots_per_rank
+        return self.expert_of_slot[start + self.slots_per_rank - 1] - self.expert_of_slot[start] + 1
+
     def source(self, expert: int, rank: int) -> int:
         """Whose gradient of an expert a rank takes its shard of: its own if it has one, else one of those that have, so
         that they share the sending (SYMI, algorithm 2)."""

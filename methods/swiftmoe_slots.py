@@ -100,7 +100,14 @@ class SlotExperts(CopiedExperts):
         super().drop_gradients()
         self._sums_RF = None
 
-    def fill(self, shards_NLF: Tensor) -> None:
-        """Take the weights of every slot, in shards [N, L, F]; the gradients of what was there are gone."""
-        self.flat.unpack_shards(shards_NLF, self.w_in.data, self.w_out.data)
+    def fill(self, shards_NGF: Tensor) -> None:
+        """Take the weights of all slots, in shards [N, G, F] of what `RankTable.fills` says; the gradients of what was
+        there are gone."""
+        w_in, w_out = self.w_in.data, self.w_out.data
+        if ops.is_fast(shards_NGF):
+            ops.kernels().fill_replicas(shards_NGF, self.here.fills_2, w_in, w_out)
+        else:
+            if len(self.here.fills) < len(w_in):
+                shards_NGF = shards_NGF.repeat_interleave(self.here.fills_2[:, 1], dim=1, output_size=len(w_in))
+            self.flat.unpack_shards(shards_NGF, w_in, w_out)
         self.drop_gradients()

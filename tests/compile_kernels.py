@@ -129,6 +129,13 @@ KERNELS: list[tuple[str, Any, list[str], dict[str, Any], int]] = [
         {"F": 768 * 1536, "BLOCK": 1024},
         4,
     ),
+    (
+        "fill replicas",
+        REPLICAS._fill_replicas,
+        [BF16, LONG, BF16, BF16, "i32"],
+        {"F": 768 * 768, "IN": 768 * 1536, "OUT": 768 * 1536, "BLOCK": 1024},
+        4,
+    ),
 ]
 
 

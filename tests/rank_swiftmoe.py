@@ -64,6 +64,7 @@ def measure(payload: dict[str, Any], info: RankInfo) -> list[dict[str, Any]]:
         "reduced": reduced(mesh),
         "offloaded": offloaded(mesh),
         "bytes": [sent(table, mesh) for table in TABLES],
+        "bytes per slot": [sent(table, mesh, scatter="slot") for table in TABLES],
         "drops": {drop: drops(drop, mesh) for drop in ("per_source", "global")},
         "on kernels": on_kernels(mesh) if ops.HAS_TRITON else None,
         "few experts": few_experts(mesh),
@@ -318,10 +319,10 @@ def offloaded(mesh: Mesh) -> dict[str, Any]:
     return {"steps": steps, "state": same(*states), "slots": replicas_agree(layer)}
 
 
-def sent(table: SlotTable, mesh: Mesh) -> dict[str, float]:
+def sent(table: SlotTable, mesh: Mesh, **options: Any) -> dict[str, float]:
     """Bytes of this rank in the collection of gradients from `table` and in the filling of slots to come to it."""
     spec = LAYERS["top1"]
-    system, layer = swift_layer(spec, mesh)
+    system, layer = swift_layer(spec, mesh, **options)
     layer.start()
     meter = LinkMeter(mesh.cluster, mesh.rank)
     with meter.installed():

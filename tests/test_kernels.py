@@ -262,6 +262,7 @@ def test_kernels_compile_and_move_sixteen_bytes_at_a_time() -> None:
     assert wide["activate backward"]["loads"] > 0 and wide["activate backward"]["stores"] > 0
     assert wide["sum replicas"]["loads"] > 0 and wide["sum replicas"]["stores"] > 0
     assert wide["copy to replicas"]["loads"] > 0 and wide["copy to replicas"]["stores"] > 0
+    assert wide["fill replicas"]["loads"] > 0 and wide["fill replicas"]["stores"] > 0
     for name in ("gather rows", "sum copies", "weight copies"):
         assert wide[name]["loads"] > 0 and wide[name]["stores"] > 0
     assert {"sum", "route", "route 256", "count in queue", "take turns", "place copies", "lay pieces"} < wide.keys()

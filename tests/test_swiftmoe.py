@@ -118,9 +118,9 @@ def test_slots_are_bf16_and_masters_are_not(facts: Facts) -> None:
 
 @pytest.mark.parametrize("index", range(len(TABLES)))
 def test_bytes_are_those_of_the_formulas(index: int, facts: Facts) -> None:
-    """SYMI, section 3.3: slots get (sN - s) / N of an expert from every rank, whatever the placement. Of gradients, a
-    rank gets a shard of every expert that it does not hold, from the ranks that do in turn (algorithm 2), and
-    replicas' sums go round their ranks."""
+    """SYMI, section 3.3: slots get (sN - s) / N of an expert from every rank, whatever the placement; sent to ranks, as
+    much as other ranks have different experts. Of gradients, a rank gets a shard of every expert that it does not
+    hold, from the ranks that do in turn (algorithm 2), and replicas' sums go round their ranks."""
     table, spec = TABLES[index], LAYERS["top1"]
     expert_bytes = 2 * spec.model_dim * spec.hidden_dim * 4
     shard_bytes = expert_bytes // WORLD_SIZE
@@ -129,8 +129,10 @@ def test_bytes_are_those_of_the_formulas(index: int, facts: Facts) -> None:
     held = [table.expert_of_slot[start : start + SLOTS] for start in range(0, SLOTS * WORLD_SIZE, SLOTS)]
     holders = [[rank for rank in range(WORLD_SIZE) if expert in held[rank]] for expert in range(NUM_EXPERTS)]
     for rank, found in enumerate(facts):
-        sent = found["bytes"][index]
-        assert sent["fill"] == (SLOTS * WORLD_SIZE - SLOTS) / WORLD_SIZE * expert_bytes
+        sent, per_slot = found["bytes"][index], found["bytes per slot"][index]
+        assert per_slot["fill"] == (SLOTS * WORLD_SIZE - SLOTS) / WORLD_SIZE * expert_bytes
+        assert sent["fill"] == sum(len(set(held[peer])) for peer in range(WORLD_SIZE) if peer != rank) * shard_bytes
+        assert per_slot | {"fill": 0} == sent | {"fill": 0}
         assert sent["fill reduction"] == 0
         wanted = sum(
             ranks[peer % len(ranks)] == rank for ranks in holders for peer in range(WORLD_SIZE) if peer not in ranks

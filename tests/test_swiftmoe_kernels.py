@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from itertools import product
 
 import pytest
 import torch
@@ -125,3 +126,38 @@ def test_every_slot_gets_its_experts_row(table: SlotTable, dtype: torch.dtype, s
     runs_E2 = torch.tensor(list(zip(table.first_slots, table.counts, strict=True)), device=DEVICE)
     found = ops.kernels().copy_to_replicas(source_EF, runs_E2, table.num_slots, dtype)
     assert torch.equal(found, source_EF[table.expert_of_slot].to(dtype)), "small whole numbers are exact in both"
+
+
+@pytest.mark.parametrize("table", TABLES)
+@pytest.mark.parametrize("per_slot", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("model_dim", "hidden_dim", "activation"), [(16, 24, "gelu"), (7, 5, "swiglu"), (40, 80, "gelu")]
+)
+def test_slots_get_the_weights_of_their_experts(
+    monkeypatch: pytest.MonkeyPatch,
+    table: SlotTable,
+    per_slot: bool,
+    dtype: torch.dtype,
+    model_dim: int,
+    hidden_dim: int,
+    activation: Activation,
+) -> None:
+    """On every rank, from shards that came once a rank or once a slot."""
+    spec = LayerSpec(model_dim, hidden_dim, len(table.counts), 1, activation, dtype=dtype)
+    num_ranks = table.num_slots // table.slots_per_rank
+    for rank, fast in product(range(num_ranks), (True, False)):
+        experts, _ = slots(spec, table, rank, seed=rank)
+        here = RankTable(table, rank, per_slot)
+        here.take([tensor.to(DEVICE) for tensor in packed_on_device(here.numbers(), lone_mesh(num_ranks, rank))])
+        experts.use(here)
+        shapes = [(len(table.counts), *weight.shape[1:]) for weight in (experts.w_in, experts.w_out)]
+        whole = [torch.randint(-99, 99, shape, generator=generator(1)).to(DEVICE, dtype) for shape in shapes]
+        mine = table.expert_of_slot[rank * table.slots_per_rank : (rank + 1) * table.slots_per_rank]
+        sent = mine if per_slot else sorted(set(mine))
+        flat_GP = experts.flat.pack(*(weights[sent] for weights in whole))
+        shards_NGF = flat_GP.view(len(sent), num_ranks, -1).transpose(0, 1).contiguous()
+        monkeypatch.setattr(ops, "is_fast", lambda _tensor, fast=fast: fast)
+        experts.fill(shards_NGF)
+        for weight, expected in zip((experts.w_in, experts.w_out), whole, strict=True):
+            assert torch.equal(weight.data, expected[mine])

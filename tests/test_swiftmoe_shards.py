@@ -51,6 +51,24 @@ def test_every_rank_gets_its_shard_of_every_expert_in_order(drawn: tuple[list[in
         assert arrived == list(range(len(popularity)))
 
 
+@given(popularities())
+def test_new_weights_come_once_a_rank_or_once_a_slot(drawn: tuple[list[int], int, int]) -> None:
+    popularity, num_ranks, slots = drawn
+    table = even_table(len(popularity), num_ranks, slots).after(popularity)
+    slots_of = [table.expert_of_slot[rank * slots : (rank + 1) * slots] for rank in range(num_ranks)]
+    for per_slot in (False, True):
+        wanted = slots_of if per_slot else [sorted(set(experts)) for experts in slots_of]
+        for rank in range(num_ranks):
+            here = RankTable(table, rank, per_slot)
+            assert here.weight_rows == [len(experts) for experts in wanted]
+            here.take(packed_on_device(here.numbers(), lone_mesh(num_ranks, rank)))
+            rows = [expert for expert, (_, count) in enumerate(here.rows_E2.tolist()) for _ in range(count)]
+            assert rows == [expert for experts in wanted for expert in experts], "for rank 0 first"
+            assert [first for first, _ in here.rows_E2.tolist()] == [rows.index(e) for e in range(len(popularity))]
+            filled = [e for e, (_, count) in zip(wanted[rank], here.fills, strict=True) for _ in range(count)]
+            assert filled == slots_of[rank] and here.fills_2.tolist() == [list(fill) for fill in here.fills]
+
+
 @pytest.mark.parametrize("num_shards", [1, 2, 3, 4, 7, 30])
 @pytest.mark.parametrize("activation", ["gelu", "swiglu"])
 @pytest.mark.parametrize(("model_dim", "hidden_dim"), [(8, 12), (7, 5), (1, 1)])

@@ -1,7 +1,7 @@
 """Experts with replicas in slots: whose turn it is to take a copy, sums of their gradients, new weights for all.
 
-Dimensions: T tokens, K choices, E experts, J slots of all ranks, L slots and G experts of this rank, P numbers of an
-expert, which is cut into N shards of F numbers, R shards.
+Dimensions: T tokens, K choices, E experts, J slots of all ranks or rows, L slots and G experts of this rank, P numbers
+of an expert, which is cut into N shards of F numbers, R shards.
 """
 
 from __future__ import annotations
@@ -189,20 +189,20 @@ def _copy_to_replicas(source, runs, rows, F: tl.constexpr, BLOCK: tl.constexpr):
         tl.store(rows + slot * F + column, number, mask=inside)
 
 
-def copy_to_replicas(source_EF: Tensor, runs_E2: Tensor, num_slots: int, dtype: torch.dtype) -> Tensor:
-    """Each expert's row once for each of its slots.
+def copy_to_replicas(source_EF: Tensor, runs_E2: Tensor, num_rows: int, dtype: torch.dtype) -> Tensor:
+    """Each expert's row as often as it is wanted.
 
     Args:
         source_EF: [E, F], contiguous.
-        runs_E2: [E, 2] int64, first slot of each expert and how many it has; together they cover all.
-        num_slots: J.
+        runs_E2: [E, 2] int64, the first row of each expert and how many it has; together they cover all.
+        num_rows: J.
         dtype: of the result.
 
     Returns:
         [J, F].
     """
     num_experts, size = source_EF.shape
-    rows_JF = torch.empty(num_slots, size, dtype=dtype, device=source_EF.device)
+    rows_JF = torch.empty(num_rows, size, dtype=dtype, device=source_EF.device)
     launch(
         _copy_to_replicas,
         (triton.cdiv(size, _BLOCK), num_experts),
@@ -210,3 +210,36 @@ def copy_to_replicas(source_EF: Tensor, runs_E2: Tensor, num_slots: int, dtype: 
         constants=(size, _BLOCK),
     )
     return rows_JF
+
+
+@triton.jit(do_not_specialize=["num_runs"])
+def _fill_replicas(
+    shards, runs, w_in, w_out, num_runs, F: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr, BLOCK: tl.constexpr
+):
+    run = tl.program_id(1)
+    first, num_slots = tl.load(runs + 2 * run), tl.load(runs + 2 * run + 1)
+    number = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    row = (number // F).to(tl.int64) * num_runs + run
+    value = tl.load(shards + row * F + number % F, mask=number < IN + OUT)
+    for slot in range(first, first + num_slots):
+        tl.store(w_in + slot * IN + number, value, mask=number < IN)
+        tl.store(w_out + slot * OUT + number - IN, value, mask=(number >= IN) & (number < IN + OUT))
+
+
+def fill_replicas(shards_NGF: Tensor, runs_G2: Tensor, w_in: Tensor, w_out: Tensor) -> None:
+    """Write experts that lie in shards into their slots.
+
+    Args:
+        shards_NGF: [N, G, F], contiguous; an expert's numbers are those of its shards in a row, w_in's first.
+        runs_G2: [G, 2] int64, the first slot of each expert and how many it has.
+        w_in, w_out: [L, ...], contiguous, of the shards' dtype.
+    """
+    _, num_runs, size = shards_NGF.shape
+    in_size, out_size = w_in[0].numel(), w_out[0].numel()
+    launch(
+        _fill_replicas,
+        (triton.cdiv(in_size + out_size, _BLOCK), num_runs),
+        (shards_NGF, runs_G2, w_in, w_out),
+        (num_runs,),
+        (size, in_size, out_size, _BLOCK),
+    )
