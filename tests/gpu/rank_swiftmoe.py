@@ -37,9 +37,9 @@ LARGE = LayerSpec(256, 1024, 16, 1)
 
 MODEL_SYSTEMS: dict[str, tuple[str, dict[str, Any]]] = {
     "flat": ("flat", {}),
-    "swiftmoe": ("swiftmoe", {}),
-    "swiftmoe offloaded": ("swiftmoe", {"offload": True}),
-    "flexmoe": ("flexmoe", {"interval": 2, "balanced": 1.0}),
+    "swiftmoe": ("swiftmoe", {"slots_per_rank": 16}),  # replicas to move on one GPU, too
+    "swiftmoe offloaded": ("swiftmoe", {"slots_per_rank": 16, "offload": True}),
+    "flexmoe": ("flexmoe", {"slots_per_rank": 16, "interval": 2, "balanced": 1.0}),
     "deepspeed_static": ("deepspeed_static", {}),
 }
 
