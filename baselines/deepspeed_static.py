@@ -6,7 +6,8 @@ copies of it, as DeepSpeed does with its gate's sampling off. Unlike upstream's 
 `replicas`, too), rows are not padded to the capacity.
 
 As in SYMI's baseline, ZeRO stage 1 cuts an expert's optimizer state over its r replicas (baselines/zero1.py); without
-it each of them keeps the whole state and steps it, r times as much.
+it each of them keeps the whole state and steps it, r times as much. Unlike SYMI's, that state is on the GPU (SYMI
+offloads both systems'; here both keep it there by default), and dense parameters are not cut, as in no system here.
 
 Dimensions: N ranks, r replicas, E experts, T tokens of a rank, K choices.
 """
@@ -77,9 +78,12 @@ class Zero1Replicas(StaticReplicas):
         return super().forward(x_TM)
 
     def expert_views(self) -> list[ExpertView]:
-        """Of the parts that this rank trains, to read or to write; of whole experts for a checkpoint."""
+        """Of the parts that this rank trains; of whole experts for a checkpoint. All ranks must ask, since what is
+        written there has to reach the copies."""
+        if self._whole is not None:
+            return self._whole
         self.experts.are_current = False
-        return self.experts.trained.views() if self._whole is None else self._whole
+        return self.experts.trained.views()
 
     def sharded_parameters(self) -> list[nn.Parameter]:
         """The parts."""
@@ -93,9 +97,12 @@ class Zero1Replicas(StaticReplicas):
     @contextmanager
     def whole_experts(self, optimizer: Optimizer, loading: bool) -> Iterator[None]:
         """As `MoELayer.whole_experts`. Collective."""
-        with self.experts.trained.whole(optimizer, loading) as self._whole:
-            yield
-        self._whole = None
+        try:
+            with self.experts.trained.whole(optimizer, loading) as self._whole:
+                yield
+        finally:
+            self._whole = None
+            self.experts.are_current &= not loading
 
     @property
     def path(self) -> str:

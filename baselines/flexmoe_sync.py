@@ -131,8 +131,8 @@ class ReplicaSync(GradientSync):
     """
 
     def __init__(self, model: nn.Module, layers: Sequence[ReplicatedMoE], mesh: Mesh) -> None:
-        super().__init__(model, [parameter for layer in layers for parameter in layer.sharded_parameters()], mesh)
-        self.elsewhere, self.sharded = self.sharded, []
+        replicas = [parameter for layer in layers for parameter in layer.sharded_parameters()]
+        super().__init__(model, (), mesh, owned=replicas)
         self.layers = layers
 
     def reduce(self) -> None:

@@ -21,7 +21,7 @@ from moe.experts import CopiedExperts
 from moe.mesh import Mesh
 from moe.point_to_point import in_turn
 from moe.step_parts import step_part
-from moe.sync import GradientSync, sum_of_squares
+from moe.sync import GradientSync
 from moe.system import LayerSpec
 
 
@@ -52,7 +52,7 @@ class Zero1Experts(CopiedExperts):
         sizes = [part.numel() for part in parts]
         grad_in, grad_out = self.w_in.grad, self.w_out.grad
         with step_part("expert_gradients"):
-            if grad_in is None or grad_out is None:  # no token came to this rank
+            if grad_in is None or grad_out is None:  # there was no backward pass through these experts
                 whole_NF = self.w_in.new_zeros(self.num_ranks, sum(sizes), dtype=torch.float32)
             else:
                 whole_NF = self.w_in.new_empty(self.num_ranks, sum(sizes), dtype=torch.float32)
@@ -79,6 +79,7 @@ class Zero1Experts(CopiedExperts):
         if work is not None:
             work.wait()
         self._copy(self._cuts(self.w_in.data, self.w_out.data), whole_NF, sizes, back=True)
+        self.drop_gradients()
         self.are_current = True
 
     def _cuts(self, w_in: Tensor, w_out: Tensor) -> tuple[Tensor, Tensor]:
@@ -111,15 +112,10 @@ class Zero1Sync(GradientSync):
     """
 
     def __init__(self, model: nn.Module, experts: Sequence[Zero1Experts], mesh: Mesh) -> None:
-        super().__init__(model, [part for held in experts for part in held.trained.parameters()], mesh)
-        self.elsewhere, self.sharded = self.sharded, []  # each number is on one rank only
+        super().__init__(model, (), mesh, owned=[part for held in experts for part in held.trained.parameters()])
         self.experts = experts
 
     def reduce(self) -> None:
         """Reduce every gradient. Collective."""
         in_turn(held.collect() for held in self.experts)
         super().reduce()
-
-    def squares_not_dense(self) -> Tensor:
-        """As `GradientSync.squares_not_dense`."""
-        return sum_of_squares(self.elsewhere, self.mesh.device)

@@ -41,7 +41,7 @@ from moe.point_to_point import Exchange, in_turn
 from moe.replica_layer import ReplicatedMoE
 from moe.replica_table import SlotOptions
 from moe.step_parts import step_part
-from moe.sync import GradientSync, sum_of_squares
+from moe.sync import GradientSync
 from moe.system import ExpertView, LayerSpec, MoELayer, MoEOutput, System, moe_layers
 from moe.topology import Cluster
 
@@ -196,8 +196,7 @@ class ShardSync(GradientSync):
 
     def __init__(self, model: nn.Module, layers: Sequence[SwiftMoELayer], mesh: Mesh) -> None:
         shards = [parameter for layer in layers for parameter in layer.sharded_parameters()]
-        super().__init__(model, shards, mesh)
-        self.elsewhere, self.sharded = self.sharded, []  # each is on one rank only, perhaps on the host
+        super().__init__(model, (), mesh, owned=shards)
         self.layers = layers
 
     def reduce(self) -> None:
@@ -219,10 +218,6 @@ class ShardSync(GradientSync):
         popularity = Popularity(torch.stack(counts), self.mesh)
         for index, layer in enumerate(self.layers):
             layer.counts_E, layer.popularity = None, partial(popularity.counts, index)
-
-    def squares_not_dense(self) -> Tensor:
-        """As `GradientSync.squares_not_dense`; every number of an expert is on one rank."""
-        return sum_of_squares(self.elsewhere, self.mesh.device)
 
 
 class SwiftMoE(System):

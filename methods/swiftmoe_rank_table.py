@@ -1,6 +1,6 @@
-"""A slot table as one rank sees it: which sums of gradients it makes, which of their shards it sends and receives (SYMI,
-arXiv 2504.19925, section 4.3, algorithm 2), and which new weights. All of it depends on the table alone, so it is worked
-out once a table, and what a GPU has to know of it goes there with that of other layers.
+"""A slot table as one rank sees it: which sums of gradients it makes, which of their shards it sends and receives
+(SYMI, arXiv 2504.19925, section 4.3, algorithm 2), and which new weights. All of it depends on the table alone, so it
+is worked out once a table, and what a GPU has to know of it goes there with that of other layers.
 
 Dimensions: E experts, N ranks, G experts with a slot on this rank, S of them on other ranks too, F numbers of a shard.
 """

@@ -61,7 +61,7 @@ def experts_forward(
         return rows_RM, rows_RM.new_empty(0, w_in.shape[1])
     if _grouped(rows_RM):
         hidden = F.grouped_mm(rows_RM, w_in.mT, offs=expert_rows.ends_L)
-        active = ops.kernels().activate(hidden, activation == "swiglu")
+        active = ops.kernels().activate(hidden, expert_rows.ends_L, activation == "swiglu")
         return F.grouped_mm(active, w_out.mT, offs=expert_rows.ends_L), hidden
     hidden = per_expert(rows_RM, w_in, expert_rows.rows)
     return per_expert(_activated(hidden, activation), w_out, expert_rows.rows), hidden
@@ -88,7 +88,7 @@ def experts_backward(
     if _grouped(grad_RM):
         ends_L = expert_rows.ends_L
         active = F.grouped_mm(grad_RM, w_out, offs=ends_L)
-        ops.kernels().activate_backward_(hidden, active, activation == "swiglu")
+        ops.kernels().activate_backward_(hidden, active, ends_L, activation == "swiglu")
         grad_out = F.grouped_mm(grad_RM.t(), active, offs=ends_L)
         del active
         grad_in = F.grouped_mm(hidden.t(), rows_RM, offs=ends_L)

@@ -177,7 +177,7 @@ class _GroupedFFN(torch.autograd.Function):
         hidden = F.grouped_mm(rows_RM, w_in.mT, offs=ends_L)
         ctx.save_for_backward(w_in, w_out, row_weights_R, ends_L)
         ctx.kept, ctx.swiglu = (rows_RM, hidden), swiglu  # not saved tensors: these can't be let go one by one
-        return F.grouped_mm(ops.kernels().activate(hidden, swiglu, row_weights_R), w_out.mT, offs=ends_L)
+        return F.grouped_mm(ops.kernels().activate(hidden, ends_L, swiglu, row_weights_R), w_out.mT, offs=ends_L)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None, None, None]:
@@ -187,7 +187,7 @@ class _GroupedFFN(torch.autograd.Function):
         w_in, w_out, row_weights_R, ends_L = ctx.saved_tensors
         grad_RM = grads[0].contiguous()
         activation = F.grouped_mm(grad_RM, w_out, offs=ends_L)
-        grad_weights_R = ops.kernels().activate_backward_(hidden, activation, ctx.swiglu, row_weights_R)
+        grad_weights_R = ops.kernels().activate_backward_(hidden, activation, ends_L, ctx.swiglu, row_weights_R)
         grad_out = F.grouped_mm(grad_RM.t(), activation, offs=ends_L)
         del activation
         grad_in = F.grouped_mm(hidden.t(), rows_RM, offs=ends_L)

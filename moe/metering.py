@@ -47,7 +47,6 @@ class LinkMeter:
     Args:
         cluster: levels of the ranks of the default process group.
         rank: this rank.
-
     """
 
     def __init__(self, cluster: Cluster, rank: int) -> None:

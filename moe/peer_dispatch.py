@@ -88,7 +88,7 @@ class PeerDispatcher(Dispatcher):
     Args:
         mesh: its expert-parallel group is used; see `moe.peers.peers_reach_each_other`.
         spec: of the layer, whose experts are spread over the group. With a capacity factor the gate must keep no more
-            than `LayerSpec.capacity` copies of an expert, of each rank.
+            than `LayerSpec.capacity` copies of an expert, of each rank or of all in the mean; more may find no room.
         workspace: to use instead of the process' own (tests bring memory of a CPU).
     """
 
@@ -148,21 +148,22 @@ class PeerDispatcher(Dispatcher):
         else:
             rows = ops.kernels().LocalRows(space.memory.pointers, space.ids_at, space.ids_TK, self.me, self.experts)
         num_rows = self._most_rows(*chosen_TK.shape) if on_device else None
-        expert_rows, known = None, None
-        if num_rows is None:
+        if num_rows is not None:
+            expert_rows, places_PTK = None, rows.places(num_rows)
+        else:
             self._ends_on_host.copy_(rows.ends, non_blocking=True)
             known = torch.cuda.Event() if chosen_TK.is_cuda else None
             if known is not None:
                 known.record()
-        places_PTK = rows.places()
-        if num_rows is None:
+            places_PTK = rows.places(self.num_ranks * rows.num_copies)
             if known is not None:
                 known.synchronize()
             ends = self._ends_on_host.tolist()
             expert_rows = [end - start for start, end in zip([0, *ends], ends, strict=False)]
             num_rows = sum(expert_rows)
-        counted = space is not None and metering.INSTALLED
-        crossings = self._crossings(chosen_TK, places_PTK) if counted else None
+        crossings = None
+        if space is not None and metering.INSTALLED:
+            crossings = ops.kernels().count_crossings(space.ids_TK, places_PTK, self.num_local)
         return PeerPlan(chosen_TK, places_PTK, num_rows, expert_rows, rows.ends, crossings)
 
     def _most_rows(self, num_tokens: int, top_k: int) -> int | None:
@@ -170,10 +171,10 @@ class PeerDispatcher(Dispatcher):
         if self.workspace is not None:
             num_tokens = self.workspace.max_tokens
         share = num_tokens * top_k
-        most = self.num_ranks * share
+        most, rounded_up = self.num_ranks * share, self.num_ranks * self.num_local
         if self.spec.capacity_factor is not None:
-            most = min(most, self.num_ranks * self.num_local * self.spec.capacity(num_tokens))
-        return most if 0 < most <= (1 + MOST_SPARE) * share else None
+            most = min(most, self.num_ranks * self.num_local * (self.spec.capacity(num_tokens) + 1))
+        return most if 0 < most <= (1 + MOST_SPARE) * share + 2 * rounded_up else None
 
     def pull(self, own_TM: Tensor, plan: PeerPlan, weights_TK: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Rows [R, M] of this rank's experts from what ranks have staged, and their weights [R] where asked for."""
@@ -217,12 +218,6 @@ class PeerDispatcher(Dispatcher):
         )
 
     # Byte meters see messages only; what is read and written in place is told, when one listens.
-
-    def _crossings(self, chosen_TK: Tensor, places_PTK: Tensor) -> Tensor:
-        """[3, P], as `PeerPlan.crossings_3P`."""
-        ranks_P11 = torch.arange(self.num_ranks, device=chosen_TK.device).view(-1, 1, 1)
-        read_PTK, here_PTK = chosen_TK // self.num_local == ranks_P11, places_PTK >= 0
-        return torch.stack([read_PTK.any(2).sum(1), here_PTK.any(2).sum(1), here_PTK.sum((1, 2))])
 
     def _tell_read(self, own_TM: Tensor, plan: PeerPlan, in_dispatch: bool) -> None:
         """What each rank reads of this one's: a token that chose it once; in dispatch its weights, too, and all ids, by

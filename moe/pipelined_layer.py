@@ -254,9 +254,11 @@ class PipelinedMoE(MoELayer):
         if not isinstance(experts, ShardedExperts):
             yield
             return
-        with experts.whole(optimizer, loading) as self._whole:
-            yield
-        self._whole = None
+        try:
+            with experts.whole(optimizer, loading) as self._whole:
+                yield
+        finally:
+            self._whole = None
 
     def stage_modules(self) -> tuple[nn.Module, ...]:
         """The gate and the pipeline."""

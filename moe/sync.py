@@ -27,15 +27,21 @@ class GradientSync:
         sharded: those parameters of `model` that live on some ranks only.
         mesh: groups of the run.
         local: those that every rank trains for itself.
+        owned: those that a subclass reduces, each number of them on one rank only (unless the subclass counts their
+            squares otherwise).
     """
 
     def __init__(
-        self, model: nn.Module, sharded: Sequence[nn.Parameter], mesh: Mesh, local: Sequence[nn.Parameter] = ()
+        self,
+        model: nn.Module,
+        sharded: Sequence[nn.Parameter],
+        mesh: Mesh,
+        local: Sequence[nn.Parameter] = (),
+        owned: Sequence[nn.Parameter] = (),
     ) -> None:
-        ids = {id(parameter) for parameter in [*sharded, *local]}
+        ids = {id(parameter) for parameter in [*sharded, *local, *owned]}
         self.mesh = mesh
-        self.sharded, self.local = list(sharded), list(local)
-        self.elsewhere: list[nn.Parameter] = []  # what a subclass reduces in its own way
+        self.sharded, self.local, self.owned = list(sharded), list(local), list(owned)
         self.dense = [p for p in model.parameters() if p.requires_grad and id(p) not in ids]
 
     def reduce(self) -> None:
@@ -63,7 +69,7 @@ class GradientSync:
         if max_norm > 0:
             scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
             by_device: dict[torch.device, list[Tensor]] = {}  # an optimizer may be in the host's memory
-            for grad in _gradients(self.dense + self.sharded + self.local + self.elsewhere):
+            for grad in _gradients(self.dense + self.sharded + self.local + self.owned):
                 by_device.setdefault(grad.device, []).append(grad)
             for place, grads in by_device.items():
                 torch._foreach_mul_(grads, scale.to(place))
@@ -73,7 +79,8 @@ class GradientSync:
         """Sum of squares of all gradients but the dense ones, this rank's part, scalar float32: the parts of all ranks
         together hold each parameter of the whole model once."""
         device = self.mesh.device
-        return sum_of_squares(self.sharded, device) / self.mesh.edp_size + sum_of_squares(self.local, device)
+        alone = sum_of_squares(self.local, device) + sum_of_squares(self.owned, device)  # perhaps on the host
+        return sum_of_squares(self.sharded, device) / self.mesh.edp_size + alone
 
 
 def _gradients(parameters: Sequence[nn.Parameter]) -> list[Tensor]:

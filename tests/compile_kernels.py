@@ -79,8 +79,8 @@ KERNELS: list[tuple[str, Any, list[str], dict[str, Any], int]] = [
     (
         "activate backward",
         ACTIVATE._activate_backward,
-        [BF16, FLOAT, BF16, FLOAT],
-        {"H": 4096, "SWIGLU": True, "WEIGHTED": True, "BLOCK": 2048},
+        [BF16, FLOAT, INT, BF16, FLOAT],
+        {"H": 4096, "L": 8, "SWIGLU": True, "WEIGHTED": True, "BLOCK": 2048},
         4,
     ),
     ("gather rows", ROWS._gather_rows, [BF16, LONG, BF16], {"DIVISOR": 2, **WIDTHS}, 4),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import weakref
 from collections.abc import Callable
@@ -16,12 +17,14 @@ from torch import Tensor, nn
 
 from baselines.reference import ReferenceLayer
 from experiments.ranks import RankInfo
+from methods.swiftmoe_scheduler import even_table
 from moe.dispatch import AllToAllDispatcher, Dispatcher
 from moe.experts import GroupedExperts
 from moe.gate import Routing
 from moe.layer import NativeMoE
 from moe.mesh import Mesh, create_mesh
 from moe.metering import LinkMeter
+from moe.replica_gate import ReplicaGate
 from moe.sync import GradientSync
 from moe.system import LayerSpec, MoELayer, MoEOutput
 from moe.topology import cluster_of
@@ -188,8 +191,37 @@ def peer_layers(meshes: dict[int, Mesh]) -> Facts:
             facts[name].setdefault("pairs", []).append(pairs)
             copies = [int((routing_ids // 2 == rank).sum()) for rank in range(4)]
             facts[name].setdefault("copies", []).append(copies)
-        if isinstance(native.experts, ExpertsByEnds):
-            facts[name]["told"] = native.experts.told
+            if isinstance(native.experts, ExpertsByEnds):
+                facts[name].setdefault("told", []).append(native.experts.told)
+    return facts
+
+
+def peer_room(meshes: dict[int, Mesh]) -> Facts:
+    """Rows that there is room for, and those that copies take: by drop rule, with ranks of 48, 0, 20 and 48 tokens.
+    Expert 0 is wanted more often than it has room."""
+    mesh = meshes[4]
+    num_tokens = [48, 0, 20, 48][mesh.rank]
+    ids_TK = torch.tensor(3 * [0, 1, 0, 0, 1, 0, 0, 2, 0, 0, 1, 0, 3, 0, 0, 1])[:num_tokens].view(-1, 1)
+    table = even_table(4, 4, 4).after([9, 4, 2, 1])
+    facts: Facts = {}
+    for drop in ("per_source", "global"):
+        spec = LayerSpec(16, 8, 4, 1, capacity_factor=1.0)
+        gate = ReplicaGate(spec, mesh, table, drop)
+        load = torch.zeros(num_tokens, 4).scatter_(1, ids_TK, 9.0)
+        with mock.patch.object(gate, "logits", return_value=load):
+            routing = gate(torch.randn(num_tokens, 16))
+        peers = cpu_peers(mesh, dataclasses.replace(spec, num_experts=16), 48)
+        with mock.patch("moe.peer_dispatch.products_are_grouped", return_value=True):
+            rows_RM, plan = peers.dispatch(torch.randn(num_tokens, 16), gate.placed(routing))
+        last = int(plan.expert_ends[-1])
+        facts[drop] = {
+            "room": plan.num_rows,
+            "laid out": len(rows_RM),
+            "taken": last,
+            "places": sorted(place for place in plan.places_PTK.flatten().tolist() if place >= 0) == list(range(last)),
+            "kept": int(num_tokens if routing.kept_TK is None else routing.kept_TK.sum()),
+            "host knows": plan.expert_rows is not None,
+        }
     return facts
 
 
@@ -453,6 +485,7 @@ PARTS: dict[str, Callable[[dict[int, Mesh]], Facts]] = {
     "dispatch": dispatch,
     "peer_dispatch": peer_dispatch,
     "peer_layers": peer_layers,
+    "peer_room": peer_room,
     "peer_order": peer_order,
     "metering": metering,
     "sync": sync,

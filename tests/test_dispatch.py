@@ -83,8 +83,20 @@ def test_the_host_waits_for_numbers_of_rows_only_where_room_for_the_most_would_b
     rank_facts: dict[str, Facts],
 ) -> None:
     for facts in rank_facts["peer_layers"]:
-        assert not facts["top2 drops, by ends"]["told"]
-        assert facts["top2 with much room, by ends"]["told"]
+        assert facts["top2 drops, by ends"]["told"] == [False, False]
+        assert facts["top2 with much room, by ends"]["told"] == [True, True]
+
+
+@pytest.mark.parametrize("drop", ["per_source", "global"])
+def test_replicas_find_room_whatever_ranks_have(drop: str, rank_facts: dict[str, Facts]) -> None:
+    """Four slots a rank, each with room for its capacity, one more for rounding, of four ranks of up to 48 tokens."""
+    ranks = [facts[drop] for facts in rank_facts["peer_room"]]
+    assert sum(facts["taken"] for facts in ranks) == sum(facts["kept"] for facts in ranks)
+    for facts in ranks:
+        assert facts["room"] == facts["laid out"] == 4 * 4 * (3 + 1)
+        assert facts["taken"] <= 4 * 4 * 3 and facts["places"] and not facts["host knows"]
+    assert max(facts["taken"] for facts in ranks) > 4 * 2 * 3, "more than two ranks' full queues"
+    assert sum(facts["kept"] for facts in ranks) < 116, "some were dropped"
 
 
 def test_a_token_crosses_once_to_each_rank(rank_facts: dict[str, Facts]) -> None:

@@ -129,12 +129,36 @@ def test_activations_and_their_gradients(fast: ModuleType, swiglu: bool) -> None
     left, right = hidden.chunk(2, 1) if swiglu else (hidden, None)
     expected = F.gelu(left) if right is None else F.silu(left) * right
     expected.backward(grad)
-    torch.testing.assert_close(fast.activate(hidden.detach(), swiglu), expected.detach(), rtol=1e-5, atol=1e-6)
+    ends_L = torch.tensor([5, 5, 37], dtype=torch.int32, device=hidden.device)
+    torch.testing.assert_close(fast.activate(hidden.detach(), ends_L, swiglu), expected.detach(), rtol=1e-5, atol=1e-6)
     overwritten = hidden.detach().clone()
-    fast.activate_backward_(overwritten, grad, swiglu)
+    fast.activate_backward_(overwritten, grad, ends_L, swiglu)
     torch.testing.assert_close(grad, expected.detach(), rtol=1e-5, atol=1e-6)
     assert hidden.grad is not None
     torch.testing.assert_close(overwritten, hidden.grad, rtol=1e-5, atol=1e-5)
+
+
+def test_rows_of_no_expert_are_left_as_they_are(fast: ModuleType) -> None:
+    hidden, grad, weights = normal(9, 16), normal(9, 16, seed=1), normal(9, 1, seed=2)[:, 0]
+    ends_L = torch.tensor([2, 6], dtype=torch.int32, device=hidden.device)
+    before_hidden, before_grad = hidden.clone(), grad.clone()
+    whole = fast.activate(hidden, ends_L, False, weights)
+    torch.testing.assert_close(whole[:6], F.gelu(hidden[:6]) * weights[:6, None], rtol=1e-5, atol=1e-6)
+    fast.activate_backward_(hidden, grad, ends_L, False, weights)
+    assert torch.equal(hidden[6:], before_hidden[6:]) and torch.equal(grad[6:], before_grad[6:])
+    assert not torch.equal(hidden[5], before_hidden[5]) and not torch.equal(grad[5], before_grad[5])
+
+
+@pytest.mark.parametrize(("num_tokens", "top_k"), [(0, 2), (7, 1), (1300, 3)])
+def test_what_crosses_between_ranks_is_counted(fast: ModuleType, num_tokens: int, top_k: int) -> None:
+    """Experts 0 to 11 on three ranks, 12 for a dropped copy."""
+    numbers = torch.Generator().manual_seed(5)
+    ids_TK = torch.randint(0, 13, (num_tokens, top_k), generator=numbers)
+    places_PTK = torch.randint(-3, 3, (3, num_tokens, top_k), generator=numbers).clamp_min(-1).int()
+    read = [(ids_TK // 4 == rank).any(1).sum() for rank in range(3)]
+    here = [((places_PTK[rank] >= 0).any(1).sum(), (places_PTK[rank] >= 0).sum()) for rank in range(3)]
+    expected = torch.stack([torch.stack(read), *(torch.stack(column) for column in zip(*here, strict=True))])
+    assert torch.equal(fast.count_crossings(ids_TK.to(DEVICE), places_PTK.to(DEVICE), 4).cpu(), expected)
 
 
 class Biased(TopKGate):

@@ -7,7 +7,7 @@ against the torch path.
 """
 
 from moe.kernels.activate import activate, activate_backward_
-from moe.kernels.peers import LocalRows, pull_rows, push_sums, stage_tokens, sum_partials
+from moe.kernels.peers import LocalRows, count_crossings, pull_rows, push_sums, stage_tokens, sum_partials
 from moe.kernels.pieces import lay_pieces
 from moe.kernels.replicas import copy_to_replicas, fill_replicas, sum_replicas, take_turns
 from moe.kernels.route import route, route_backward
@@ -21,6 +21,7 @@ __all__ = [
     "activate_backward_",
     "copy_to_replicas",
     "count_choices",
+    "count_crossings",
     "fill_replicas",
     "gather_rows",
     "lay_pieces",

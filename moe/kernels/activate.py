@@ -1,4 +1,4 @@
-"""Activations of the experts and their gradients. Dimensions: R rows, H hidden."""
+"""Activations of the experts and their gradients. Dimensions: R rows, H hidden, L experts."""
 
 from __future__ import annotations
 
@@ -16,10 +16,20 @@ def _gelu(x):
 
 
 @triton.jit
-def _activate(hidden, weights, out, H: tl.constexpr, SWIGLU: tl.constexpr, WEIGHTED: tl.constexpr, BLOCK: tl.constexpr):
+def _activate(
+    hidden,
+    weights,
+    ends,
+    out,
+    H: tl.constexpr,
+    L: tl.constexpr,
+    SWIGLU: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = column < H
+    inside = (column < H) & (row < tl.load(ends + L - 1))
     if SWIGLU:
         a = tl.load(hidden + row * (2 * H) + column, mask=inside).to(tl.float32)
         b = tl.load(hidden + row * (2 * H) + H + column, mask=inside).to(tl.float32)
@@ -35,14 +45,17 @@ def _activate(hidden, weights, out, H: tl.constexpr, SWIGLU: tl.constexpr, WEIGH
 def _activate_backward(
     hidden,
     weights,
+    ends,
     grad,
     grad_weights,
     H: tl.constexpr,
+    L: tl.constexpr,
     SWIGLU: tl.constexpr,
     WEIGHTED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
+    is_real = row < tl.load(ends + L - 1)
     kind = grad.dtype.element_ty
     along = tl.zeros([BLOCK], tl.float32)
     weight = 1.0
@@ -50,7 +63,7 @@ def _activate_backward(
         weight = tl.load(weights + row)
     for start in range(0, H, BLOCK):
         column = start + tl.arange(0, BLOCK)
-        inside = column < H
+        inside = (column < H) & is_real
         g = tl.load(grad + row * H + column, mask=inside, other=0.0).to(tl.float32)
         if SWIGLU:
             left = hidden + row * (2 * H) + column
@@ -69,18 +82,19 @@ def _activate_backward(
         along += g * value
         tl.store(grad + row * H + column, (weight * value).to(kind), mask=inside)
     if WEIGHTED:
-        tl.store(grad_weights + row, tl.sum(along, axis=0))
+        tl.store(grad_weights + row, tl.sum(along, axis=0), mask=is_real)
 
 
 def _block(width: int) -> int:
     return min(2048, triton.next_power_of_2(width))
 
 
-def activate(hidden: Tensor, swiglu: bool, row_weights_R: Tensor | None = None) -> Tensor:
+def activate(hidden: Tensor, ends_L: Tensor, swiglu: bool, row_weights_R: Tensor | None = None) -> Tensor:
     """gelu(h), or silu(a) * b of h = [a, b], times the row's weight.
 
     Args:
         hidden: [R, H], or [R, 2 H] with `swiglu`.
+        ends_L: [L] int32, the row behind each expert's last; rows from the last of them on are left out.
         swiglu: which.
         row_weights_R: [R] float32, or None for ones.
 
@@ -93,17 +107,17 @@ def activate(hidden: Tensor, swiglu: bool, row_weights_R: Tensor | None = None) 
         block, weighted = _block(width), row_weights_R is not None
         grid = (len(hidden), triton.cdiv(width, block))
         weights = hidden if row_weights_R is None else row_weights_R
-        launch(_activate, grid, (hidden, weights, out), (), (width, swiglu, weighted, block))
+        launch(_activate, grid, (hidden, weights, ends_L, out), (), (width, len(ends_L), swiglu, weighted, block))
     return out
 
 
 def activate_backward_(
-    hidden: Tensor, grad: Tensor, swiglu: bool, row_weights_R: Tensor | None = None
+    hidden: Tensor, grad: Tensor, ends_L: Tensor, swiglu: bool, row_weights_R: Tensor | None = None
 ) -> Tensor | None:
     """In place: `hidden` becomes its gradient, and `grad`, the gradient of what `activate` returned, becomes that.
 
     Args:
-        hidden, swiglu, row_weights_R: what `activate` was given.
+        hidden, ends_L, swiglu, row_weights_R: what `activate` was given.
         grad: [R, H].
 
     Returns:
@@ -117,6 +131,6 @@ def activate_backward_(
             (hidden if row_weights_R is None else row_weights_R),
             (grad if grad_weights is None else grad_weights),
         )
-        constants = (width, swiglu, weighted, _block(width))
-        launch(_activate_backward, (len(grad),), (hidden, weights, grad, found), (), constants)
+        constants = (width, len(ends_L), swiglu, weighted, _block(width))
+        launch(_activate_backward, (len(grad),), (hidden, weights, ends_L, grad, found), (), constants)
     return grad_weights

@@ -88,7 +88,7 @@ def _scan_counts(counts, ends, num_blocks, L: tl.constexpr, BLOCKS: tl.constexpr
     tl.store(places, before + (end - of_expert)[None, :], mask=inside)
 
 
-@triton.jit(do_not_specialize=["offset", "me", "first", "num_copies", "copies_a_block"])
+@triton.jit(do_not_specialize=["offset", "me", "first", "num_copies", "copies_a_block", "num_rows"])
 def _place_local(
     pointers,
     own_ids,
@@ -99,6 +99,7 @@ def _place_local(
     first,
     num_copies,
     copies_a_block,
+    num_rows,
     L: tl.constexpr,
     CHUNK: tl.constexpr,
     EXPERTS: tl.constexpr,
@@ -114,7 +115,8 @@ def _place_local(
         before = tl.cumsum(mine, axis=0) - mine
         place = tl.sum(mine * (before + row[None, :]), axis=1)
         inside = (copy < num_copies) & (copy < (block + 1) * copies_a_block)
-        tl.store(places + rank.to(tl.int64) * num_copies + copy, tl.where(slot >= 0, place, -1), mask=inside)
+        fits = (slot >= 0) & (place < num_rows)
+        tl.store(places + rank.to(tl.int64) * num_copies + copy, tl.where(fits, place, -1), mask=inside)
         row += tl.sum(mine, axis=0)
 
 
@@ -160,12 +162,63 @@ class LocalRows:
             num_warps=min(16, max(1, table * self.width // 1024)),
         )
 
-    def places(self) -> Tensor:
-        """The second step. Returns [P, T, K] int32, the row of each copy, -1 where another rank computes it."""
+    def places(self, num_rows: int) -> Tensor:
+        """The second step.
+
+        Args:
+            num_rows: R, rows that there is room for; a copy beyond them has no place.
+
+        Returns:
+            [P, T, K] int32, the row of each copy, -1 where another rank computes it.
+        """
         pointers, own_ids = self.given
         places = torch.empty(len(pointers), *own_ids.shape, dtype=torch.int32, device=own_ids.device)
-        launch(_place_local, self.grid, (pointers, own_ids, self.starts, places), self.numbers, self.constants)
+        numbers = *self.numbers, num_rows
+        launch(_place_local, self.grid, (pointers, own_ids, self.starts, places), numbers, self.constants)
         return places
+
+
+@triton.jit(do_not_specialize=["num_tokens", "num_local"])
+def _count_crossings(ids, places, crossings, num_tokens, num_local, K: tl.constexpr, BLOCK: tl.constexpr):
+    rank, num_ranks = tl.program_id(0), tl.num_programs(0)
+    read = tl.zeros([BLOCK], tl.int32)
+    sums = tl.zeros([BLOCK], tl.int32)
+    copies = tl.zeros([BLOCK], tl.int32)
+    for start in range(0, num_tokens, BLOCK):
+        token = start + tl.arange(0, BLOCK)
+        inside = token < num_tokens
+        wants = tl.zeros([BLOCK], tl.int32)
+        has = tl.zeros([BLOCK], tl.int32)
+        for k in tl.static_range(K):
+            expert = tl.load(ids + token * K + k, mask=inside, other=0)
+            wants = wants | (inside & (expert // num_local == rank)).to(tl.int32)
+            place = tl.load(places + (rank.to(tl.int64) * num_tokens + token) * K + k, mask=inside, other=-1)
+            here = (place >= 0).to(tl.int32)
+            has = has | here
+            copies += here
+        read += wants
+        sums += has
+    tl.store(crossings + rank, tl.sum(read, axis=0).to(tl.int64))
+    tl.store(crossings + num_ranks + rank, tl.sum(sums, axis=0).to(tl.int64))
+    tl.store(crossings + 2 * num_ranks + rank, tl.sum(copies, axis=0).to(tl.int64))
+
+
+def count_crossings(ids_TK: Tensor, places_PTK: Tensor, num_local: int) -> Tensor:
+    """What crosses between this rank and each.
+
+    Args:
+        ids_TK: [T, K] int64 of this rank, E where the copy is dropped.
+        places_PTK: of `LocalRows`, of as many tokens.
+        num_local: L of every rank.
+
+    Returns:
+        [3, P] int64: this rank's tokens that chose one of the other's experts; its tokens that chose one here, and how
+        many of their copies did.
+    """
+    num_ranks, num_tokens, top_k = places_PTK.shape
+    crossings = torch.empty(3, num_ranks, dtype=torch.int64, device=ids_TK.device)
+    launch(_count_crossings, (num_ranks,), (ids_TK, places_PTK, crossings), (num_tokens, num_local), (top_k, 1024))
+    return crossings
 
 
 @triton.jit(do_not_specialize=["num_tokens"])

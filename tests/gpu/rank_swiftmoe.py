@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import traceback
 import warnings
 from collections.abc import Iterator
@@ -60,6 +61,7 @@ def measure(payload: dict[str, Any], info: RankInfo) -> list[dict[str, Any]]:
         "exchanges": [exchange(shift, mesh) for shift in range(3)],
         "placements": placements(mesh),
         "idle experts": idle_experts(mesh),
+        "spare rows": spare_rows(mesh),
         "models": {name: model(name, Path(payload["folder"]), mesh) for name in MODEL_SYSTEMS},
         "whole experts": whole_experts(mesh),
     }
@@ -122,6 +124,36 @@ def idle_experts(mesh: Mesh) -> dict[str, Any]:
     assert grad_EF is not None
     largest = grad_EF.abs().amax(1).tolist()
     return {"idle": [largest[expert] for expert in (0, 1, 2, 5, 6, 7)], "chosen": [largest[3], largest[4]]}
+
+
+def spare_rows(mesh: Mesh) -> dict[str, float]:
+    """A layer with a capacity, whose rows are laid out by their bound, against one whose rows the host counts: relative
+    errors, where what nobody wrote is not a number. Two experts get no token."""
+    spec = dataclasses.replace(SPEC, capacity_factor=1.0)
+    generator = torch.Generator().manual_seed(mesh.rank)
+    x_TM, grad_TM = torch.randn(2, 96, spec.model_dim, generator=generator).to(mesh.device, spec.dtype)
+    x_TM[:, 0] = 1.0
+    found: list[dict[str, torch.Tensor]] = []
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]  # no stub knows it
+    try:
+        for dispatcher in ("all_to_all", "peer"):
+            layer = create("flat", {"dispatcher": dispatcher}).build_layer(spec, mesh)
+            load_layer(layer)
+            with torch.no_grad():
+                layer.gate_weight[6:, 0] = -50.0
+            tokens = x_TM.clone().requires_grad_()
+            output = layer(tokens)
+            output.y_TM.backward(grad_TM)
+            assert tokens.grad is not None and layer.gate_weight.grad is not None and int(output.num_dropped) > 0
+            facts = {"output": output.y_TM.detach(), "input": tokens.grad, "gate": layer.gate_weight.grad}
+            for view in layer.expert_views():
+                assert view.parameter.grad is not None
+                facts[f"{view.expert} {view.name}"] = view.view(view.parameter.grad)
+            found.append(facts)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    return {name: relative_error(value, found[0][name]) for name, value in found[1].items()}
 
 
 def model(name: str, folder: Path, mesh: Mesh) -> dict[str, Any]:

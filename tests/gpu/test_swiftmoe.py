@@ -55,6 +55,11 @@ def test_experts_without_tokens_get_no_gradient(facts: Facts) -> None:
         assert min(found["idle experts"]["chosen"]) > 0
 
 
+def test_rows_laid_out_by_their_bound_are_those_that_the_host_counts(facts: Facts) -> None:
+    for found in facts:
+        assert max(found["spare rows"].values()) < 2e-2, found["spare rows"]
+
+
 @pytest.mark.parametrize("name", [name for name in MODEL_SYSTEMS if name != "flat"])
 def test_models_train_as_flats(name: str, facts: Facts) -> None:
     for found in facts:
