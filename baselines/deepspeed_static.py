@@ -7,7 +7,7 @@ copies of it, as DeepSpeed does with its gate's sampling off. Unlike upstream's 
 
 As in SYMI's baseline, ZeRO stage 1 cuts an expert's optimizer state over its r replicas (baselines/zero1.py); without
 it each of them keeps the whole state and steps it, r times as much. Unlike SYMI's, that state is on the GPU (SYMI
-offloads both systems'; here both keep it there by default), and dense parameters are not cut, as in no system here.
+offloads both systems', here only `swiftmoe` can), and no system here cuts that of dense parameters.
 
 Dimensions: N ranks, r replicas, E experts, T tokens of a rank, K choices.
 """

@@ -66,7 +66,7 @@ class ReplicaSums:
         flat_GP = self.flat.empty(len(slots_G), self.experts.w_in)
         for numbers, weight in zip(self.flat.parts(flat_GP), _weights(self.experts), strict=True):
             for row, slots in zip(numbers, slots_G, strict=True):
-                if weight.grad is None:  # no token came to this rank
+                if weight.grad is None:  # there was no backward pass through these experts
                     row.zero_()
                 else:
                     # Slot by slot: a list of them as an index would let the host wait for a GPU.

@@ -79,7 +79,6 @@ class Zero1Experts(CopiedExperts):
         if work is not None:
             work.wait()
         self._copy(self._cuts(self.w_in.data, self.w_out.data), whole_NF, sizes, back=True)
-        self.drop_gradients()
         self.are_current = True
 
     def _cuts(self, w_in: Tensor, w_out: Tensor) -> tuple[Tensor, Tensor]:

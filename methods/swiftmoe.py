@@ -244,7 +244,7 @@ class SwiftMoE(System):
     def simulated_layer(self, layer: RoutedLayer) -> LayerModel:
         """Replicas as the scheduler makes them of this very routing, as if it were the iteration before. Behind
         backward: sums of gradients over a rank's replicas elsewhere, shards of every expert's gradient, and weights for
-        every slot; their optimizer's time is left out."""
+        its slots; their optimizer's time is left out."""
         num_ranks, num_experts = layer.num_ranks, layer.spec.num_experts
         slots = self.options.slots(num_experts, num_ranks)
         table = even_table(num_experts, num_ranks, slots).after(layer.counts_PE.sum(0).tolist())

@@ -5,7 +5,7 @@ The shards of the weights, float32, are the parameters that the run's optimizer 
 are, and learning rate, decay and clipping are those of every other system. Adam goes number by number: its steps are
 the same on shards as on whole experts.
 
-Dimensions: E experts, N ranks, L slots of a rank, J = N L slots, G experts with a slot here, F numbers of a shard.
+Dimensions: E experts, N ranks, S experts with slots on several, R shards, F numbers of one.
 """
 
 from __future__ import annotations
@@ -210,5 +210,5 @@ def _for_ranks(weights_EF: Tensor, here: RankTable, dtype: torch.dtype) -> Tenso
     """Shards of experts [E, F] to those that go to all ranks, `RankTable.weight_rows` of them, in a dtype."""
     num_rows = sum(here.weight_rows)
     if ops.is_fast(weights_EF):
-        return ops.kernels().copy_to_replicas(weights_EF, here.rows_E2, num_rows, dtype)
+        return ops.kernels().repeat_rows(weights_EF, here.rows_E2, num_rows, dtype)
     return weights_EF.to(dtype).repeat_interleave(here.rows_E2[:, 1], dim=0, output_size=num_rows)

@@ -2,7 +2,8 @@
 (SYMI, arXiv 2504.19925, section 4.3, algorithm 2), and which new weights. All of it depends on the table alone, so it
 is worked out once a table, and what a GPU has to know of it goes there with that of other layers.
 
-Dimensions: E experts, N ranks, G experts with a slot on this rank, S of them on other ranks too, F numbers of a shard.
+Dimensions: E experts, N ranks, G experts with a slot on this rank, S of them on other ranks too, B fills of its slots,
+F numbers of a shard.
 """
 
 from __future__ import annotations
@@ -35,14 +36,14 @@ class RankTable:
         groups: first and last rank of each of the S experts, in the order of `SlotTable.shared`.
         fills: first slot and number of slots of what is received as new weights, in order.
         weight_rows: [N] shards of new weights to each rank, for rank 0 first, by rising expert.
-        order_R, runs_G2, fills_2: on the device (`take`), `order`, and [first slot, slots] of `runs` and `fills`.
+        order_R, runs_G2, fills_B2: on the device (`take`), `order`, and [first slot, slots] of `runs` and `fills`.
         rows_E2: of every expert, its first among all shards of new weights that are sent, and how many it has there.
         late_2: [2, rows], the rows among those to send that have to wait for sums over ranks, and where these lie.
     """
 
     order_R: Tensor
     runs_G2: Tensor
-    fills_2: Tensor
+    fills_B2: Tensor
     rows_E2: Tensor
     late_2: Tensor
 
@@ -60,36 +61,39 @@ class RankTable:
         self.receive_rows = [0] * num_ranks
         for expert in range(len(table.counts)):
             self.receive_rows[table.source(expert, rank)] += 1
-        self.fills = [(run.first, run.num_slots) for run in self.runs]
-        self.weight_rows = [table.num_experts_on(peer) for peer in range(num_ranks)]
-        self._rows_of_experts = [len(holders) for holders in table.holders]
-        if per_slot:
-            self.fills = [(slot, 1) for slot in range(table.slots_per_rank)]
-            self.weight_rows, self._rows_of_experts = [table.slots_per_rank] * num_ranks, list(table.counts)
+        self.fills, self.weight_rows, self._rows_of_experts = self._weights_for(per_slot)
         first = self.runs[0].expert
         behind = [(expert - first) * num_ranks + peer for expert in shared for peer in range(num_ranks)]
         self.order, self.num_sent = to_send + behind, len(to_send)
         sum_of = {shard: self.num_sent + index for index, shard in enumerate(behind)}
         self._late = [(row, sum_of[shard]) for row, shard in enumerate(to_send) if shard in sum_of]
 
+    def _weights_for(self, per_slot: bool) -> tuple[list[tuple[int, int]], list[int], list[int]]:
+        """`fills`, `weight_rows`, and how many of the latter are of each expert."""
+        table, num_ranks = self.table, len(self.send_rows)
+        if per_slot:
+            fills = [(slot, 1) for slot in range(table.slots_per_rank)]
+            return fills, [table.slots_per_rank] * num_ranks, list(table.counts)
+        experts_on = [table.num_experts_on(peer) for peer in range(num_ranks)]
+        return [(run.first, run.num_slots) for run in self.runs], experts_on, [len(ranks) for ranks in table.holders]
+
     def numbers(self) -> list[list[int]]:
         """What `take` wants to have on the device."""
+        firsts = [
+            end - rows for end, rows in zip(accumulate(self._rows_of_experts), self._rows_of_experts, strict=True)
+        ]
         return [
             self.order,
             [number for run in self.runs for number in (run.first, run.num_slots)],
             [number for fill in self.fills for number in fill],
-            [
-                number
-                for pair in zip(accumulate(self._rows_of_experts, initial=0), self._rows_of_experts, strict=False)
-                for number in pair
-            ],
+            [number for pair in zip(firsts, self._rows_of_experts, strict=True) for number in pair],
             [row for rows in zip(*self._late, strict=True) for row in rows],
         ]
 
     def take(self, tensors: Sequence[Tensor]) -> None:
         """Use these tensors of `numbers`."""
         self.order_R, runs, fills, rows, late = tensors
-        self.runs_G2, self.fills_2, self.rows_E2 = runs.view(-1, 2), fills.view(-1, 2), rows.view(-1, 2)
+        self.runs_G2, self.fills_B2, self.rows_E2 = runs.view(-1, 2), fills.view(-1, 2), rows.view(-1, 2)
         self.late_2 = late.view(2, len(self._late))
 
     @property

@@ -100,14 +100,14 @@ class SlotExperts(CopiedExperts):
         super().drop_gradients()
         self._sums_RF = None
 
-    def fill(self, shards_NGF: Tensor) -> None:
-        """Take the weights of all slots, in shards [N, G, F] of what `RankTable.fills` says; the gradients of what was
+    def fill(self, shards_NBF: Tensor) -> None:
+        """Take the weights of all slots, in shards [N, B, F] of what `RankTable.fills` says; the gradients of what was
         there are gone."""
         w_in, w_out = self.w_in.data, self.w_out.data
-        if ops.is_fast(shards_NGF):
-            ops.kernels().fill_replicas(shards_NGF, self.here.fills_2, w_in, w_out)
+        if ops.is_fast(shards_NBF):
+            ops.kernels().fill_replicas(shards_NBF, self.here.fills_B2, w_in, w_out)
         else:
             if len(self.here.fills) < len(w_in):
-                shards_NGF = shards_NGF.repeat_interleave(self.here.fills_2[:, 1], dim=1, output_size=len(w_in))
-            self.flat.unpack_shards(shards_NGF, w_in, w_out)
+                shards_NBF = shards_NBF.repeat_interleave(self.here.fills_B2[:, 1], dim=1, output_size=len(w_in))
+            self.flat.unpack_shards(shards_NBF, w_in, w_out)
         self.drop_gradients()

@@ -8,6 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moe.metering import INSTALLED, uncounted
+
 
 class _AllToAllV(torch.autograd.Function):
     @staticmethod
@@ -85,10 +87,39 @@ def gather_into(whole: Tensor, part: Tensor, group: dist.ProcessGroup, async_op:
 
 
 def scatter_sums(part: Tensor, whole: Tensor, group: dist.ProcessGroup, async_op: bool = False) -> dist.Work | None:
-    """This rank's [N, ...] of the sum over ranks of [P * N, ...]; not differentiable."""
+    """This rank's [N, ...] of the sum over ranks of [P * N, ...]; not differentiable.
+
+    gloo's own reduces everything to everybody and cuts that up. So on a CPU each rank gets its parts and sums them, as
+    many bytes as a ring's.
+    """
+    if not whole.is_cuda:
+        sums = _PartsToSum(part, whole, group)
+        if async_op:
+            return sums
+        sums.wait()
+        return None
     name = "reduce_scatter_single" if hasattr(dist, "reduce_scatter_single") else "reduce_scatter_tensor"
     work: dist.Work | None = getattr(dist, name)(part, whole, group=group, async_op=async_op)
     return work
+
+
+class _PartsToSum(dist.Work):
+    """All ranks' parts on their way, to be summed in the order of ranks into `part`. Bytes are counted as a ring's."""
+
+    def __init__(self, part: Tensor, whole: Tensor, group: dist.ProcessGroup) -> None:
+        super().__init__()
+        self._part, self._parts = part, torch.empty_like(whole).view(group.size(), *part.shape)
+        with uncounted():
+            self._work = dist.all_to_all_single(self._parts.view(whole.shape), whole, group=group, async_op=True)
+        for meter in INSTALLED:
+            meter.count_to_next((group.size() - 1) / group.size() * whole.nbytes, group, "reduction")
+
+    def wait(self, *_timeout: Any) -> bool:
+        """Until the sums are there."""
+        assert self._work is not None
+        self._work.wait()
+        torch.sum(self._parts, 0, out=self._part)
+        return True
 
 
 def gather_rows(rows: Tensor, group: dist.ProcessGroup) -> Tensor:

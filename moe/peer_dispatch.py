@@ -25,7 +25,8 @@ from moe.peers import Workspace, shared_workspace
 from moe.system import LayerSpec
 
 MOST_SPARE = 0.25
-"""Rows that may be laid out beyond an even share of all copies, so that the host need not know how many are taken."""
+"""Rows that may be laid out beyond an even share of all copies, so that the host need not know how many are taken; what
+rounding up each expert's capacity for each rank adds is allowed on top."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class PeerPlan:
     Attributes:
         chosen_TK: [T, K] int64, E where the copy is dropped.
         places_PTK: [P, T, K] int32, the row of every rank's copies on this rank, or -1.
-        num_rows: R, as many as there are copies or more; those behind the last expert's hold nothing.
+        num_rows: R, at least as many as copies come here; those behind the last expert's hold nothing.
         expert_rows: copies for each of this rank's L experts; None where the host does not know.
         expert_ends: [L] int32, the row behind each expert's last.
         crossings_3P: [3, P] int64, where bytes are counted: tokens of this rank that each rank reads, and the sums and
@@ -88,7 +89,7 @@ class PeerDispatcher(Dispatcher):
     Args:
         mesh: its expert-parallel group is used; see `moe.peers.peers_reach_each_other`.
         spec: of the layer, whose experts are spread over the group. With a capacity factor the gate must keep no more
-            than `LayerSpec.capacity` copies of an expert, of each rank or of all in the mean; more may find no room.
+            than `LayerSpec.capacity` copies of an expert, of each rank or of all in the mean: more end the run.
         workspace: to use instead of the process' own (tests bring memory of a CPU).
     """
 
@@ -171,10 +172,10 @@ class PeerDispatcher(Dispatcher):
         if self.workspace is not None:
             num_tokens = self.workspace.max_tokens
         share = num_tokens * top_k
-        most, rounded_up = self.num_ranks * share, self.num_ranks * self.num_local
-        if self.spec.capacity_factor is not None:
-            most = min(most, self.num_ranks * self.num_local * (self.spec.capacity(num_tokens) + 1))
-        return most if 0 < most <= (1 + MOST_SPARE) * share + 2 * rounded_up else None
+        most, queues = self.num_ranks * share, self.num_ranks * self.num_local
+        if self.spec.capacity_factor is not None:  # which replicas' gates may round up once more
+            most = min(most, queues * (self.spec.capacity(num_tokens) + 1))
+        return most if 0 < most <= (1 + MOST_SPARE) * share + 2 * queues else None
 
     def pull(self, own_TM: Tensor, plan: PeerPlan, weights_TK: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Rows [R, M] of this rank's experts from what ranks have staged, and their weights [R] where asked for."""

@@ -29,6 +29,14 @@ KERNELS: list[tuple[str, Any, list[str], dict[str, Any], int]] = [
         4,
     ),
     (
+        "place local",
+        PEERS._place_local,
+        [LONG, LONG, INT, INT, "i64", "i32", "i32", "i32", "i32", "i32"],
+        {"L": 16, "CHUNK": 512, "EXPERTS": 16},
+        4,
+    ),
+    ("count crossings", PEERS._count_crossings, [LONG, INT, LONG, "i32", "i32"], {"K": 2, "BLOCK": 1024}, 4),
+    (
         "push",
         PEERS._push_sums,
         [LONG, BF16, INT, BF16, FLOAT, FLOAT, "i64", "i64", "i32", "i32"],
@@ -83,6 +91,13 @@ KERNELS: list[tuple[str, Any, list[str], dict[str, Any], int]] = [
         {"H": 4096, "L": 8, "SWIGLU": True, "WEIGHTED": True, "BLOCK": 2048},
         4,
     ),
+    (
+        "activate",
+        ACTIVATE._activate,
+        [BF16, FLOAT, INT, BF16],
+        {"H": 4096, "L": 8, "SWIGLU": True, "WEIGHTED": True, "BLOCK": 2048},
+        4,
+    ),
     ("gather rows", ROWS._gather_rows, [BF16, LONG, BF16], {"DIVISOR": 2, **WIDTHS}, 4),
     ("sum copies", ROWS._sum_copies, [BF16, LONG, FLOAT, BF16, "i32"], {"K": 2, "WEIGHTED": True, **WIDTHS}, 4),
     (
@@ -123,8 +138,8 @@ KERNELS: list[tuple[str, Any, list[str], dict[str, Any], int]] = [
         4,
     ),
     (
-        "copy to replicas",
-        REPLICAS._copy_to_replicas,
+        "repeat rows",
+        REPLICAS._repeat_rows,
         [FLOAT, LONG, BF16],
         {"F": 768 * 1536, "BLOCK": 1024},
         4,

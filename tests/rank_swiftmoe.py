@@ -59,7 +59,7 @@ def measure(payload: dict[str, Any], info: RankInfo) -> list[dict[str, Any]]:
         "exchange": exchange(mesh),
         "groups": {f"{first} {last}": told(group) for (first, last), group in consecutive_groups(4).items()},
         "placements": {name: placements(spec, mesh) for name, spec in LAYERS.items()},
-        "pairs": placements(LAYERS["top1"], pairs),
+        "pairs": placements(LAYERS["top1"], pairs, scatter="slot"),
         "bf16": bf16(mesh),
         "reduced": reduced(mesh),
         "offloaded": offloaded(mesh),
@@ -205,12 +205,12 @@ def gathered_gradients(facts: dict[str, Tensor]) -> dict[str, Tensor]:
     return union
 
 
-def placements(spec: LayerSpec, mesh: Mesh, tables: Sequence[SlotTable] = TABLES) -> dict[str, Any]:
+def placements(spec: LayerSpec, mesh: Mesh, tables: Sequence[SlotTable] = TABLES, **options: Any) -> dict[str, Any]:
     """Errors against flat's layer over steps with another placement after each; whether replicas are the same bits."""
     plain_system = create("flat")
     plain = plain_system.build_layer(spec, mesh)
     load_layer(plain)
-    system, layer = swift_layer(spec, mesh)
+    system, layer = swift_layer(spec, mesh, **options)
     trainees = [Trainee(plain_system, plain), Trainee(system, layer)]
     facts: dict[str, Any] = {"errors": {}, "replicas": [], "optimizer's parameters": [], "norms": []}
     for index, table in enumerate(tables):

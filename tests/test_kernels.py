@@ -149,6 +149,14 @@ def test_rows_of_no_expert_are_left_as_they_are(fast: ModuleType) -> None:
     assert not torch.equal(hidden[5], before_hidden[5]) and not torch.equal(grad[5], before_grad[5])
 
 
+def test_copies_beyond_the_room_have_no_place(fast: ModuleType) -> None:
+    ids_TK = torch.randint(0, 4, (90, 2), generator=torch.Generator().manual_seed(2)).to(DEVICE)
+    rows = fast.LocalRows(torch.zeros(1, dtype=torch.int64, device=DEVICE), 0, ids_TK, 0, range(4))
+    whole_PTK, cut_PTK = rows.places(180), rows.places(50)
+    assert sorted(whole_PTK.flatten().tolist()) == list(range(180))
+    assert torch.equal(cut_PTK, torch.where(whole_PTK < 50, whole_PTK, -1))
+
+
 @pytest.mark.parametrize(("num_tokens", "top_k"), [(0, 2), (7, 1), (1300, 3)])
 def test_what_crosses_between_ranks_is_counted(fast: ModuleType, num_tokens: int, top_k: int) -> None:
     """Experts 0 to 11 on three ranks, 12 for a dropped copy."""
@@ -285,8 +293,9 @@ def test_kernels_compile_and_move_sixteen_bytes_at_a_time() -> None:
     assert wide["push"]["loads"] > 0 and wide["push"]["stores"] > 0
     assert wide["activate backward"]["loads"] > 0 and wide["activate backward"]["stores"] > 0
     assert wide["sum replicas"]["loads"] > 0 and wide["sum replicas"]["stores"] > 0
-    assert wide["copy to replicas"]["loads"] > 0 and wide["copy to replicas"]["stores"] > 0
+    assert wide["repeat rows"]["loads"] > 0 and wide["repeat rows"]["stores"] > 0
     assert wide["fill replicas"]["loads"] > 0 and wide["fill replicas"]["stores"] > 0
     for name in ("gather rows", "sum copies", "weight copies"):
         assert wide[name]["loads"] > 0 and wide[name]["stores"] > 0
     assert {"sum", "route", "route 256", "count in queue", "take turns", "place copies", "lay pieces"} < wide.keys()
+    assert {"place local", "count crossings", "activate"} < wide.keys()

@@ -209,6 +209,9 @@ def test_replicas_spread_a_popular_expert() -> None:
     assert [extra.kind for extra in swift.extras] == ["replica_gradients", "gradient_shards", "slot_weights"]
     sizes = {extra.kind: extra.size_bytes for extra in swift.extras}
     assert sizes["gradient_shards"] == 8 * 4 * WEIGHTS / 8 and sizes["slot_weights"] == 4 * 4 * WEIGHTS
+    for scatter, fills in (("rank", 7), ("slot", 8)):  # 29 slots of either and 6 others: the last rank has two of one
+        swift = create("swiftmoe", {"slots_per_rank": 8, "scatter": scatter}).simulated_layer(layer)
+        assert swift.extras[-1].size_bytes == fills * 4 * WEIGHTS
     flex = create("flexmoe", {"slots_per_rank": 4}).simulated_layer(layer).work.expert_work
     assert flex < plain
 

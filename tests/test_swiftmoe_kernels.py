@@ -124,7 +124,7 @@ def test_without_a_backward_pass_sums_are_zero() -> None:
 def test_every_slot_gets_its_experts_row(table: SlotTable, dtype: torch.dtype, size: int) -> None:
     source_EF = torch.randint(-99, 99, (len(table.counts), size), generator=generator(size)).float().to(DEVICE)
     runs_E2 = torch.tensor(list(zip(table.first_slots, table.counts, strict=True)), device=DEVICE)
-    found = ops.kernels().copy_to_replicas(source_EF, runs_E2, table.num_slots, dtype)
+    found = ops.kernels().repeat_rows(source_EF, runs_E2, table.num_slots, dtype)
     assert torch.equal(found, source_EF[table.expert_of_slot].to(dtype)), "small whole numbers are exact in both"
 
 
@@ -156,8 +156,8 @@ def test_slots_get_the_weights_of_their_experts(
         mine = table.expert_of_slot[rank * table.slots_per_rank : (rank + 1) * table.slots_per_rank]
         sent = mine if per_slot else sorted(set(mine))
         flat_GP = experts.flat.pack(*(weights[sent] for weights in whole))
-        shards_NGF = flat_GP.view(len(sent), num_ranks, -1).transpose(0, 1).contiguous()
+        shards_NBF = flat_GP.view(len(sent), num_ranks, -1).transpose(0, 1).contiguous()
         monkeypatch.setattr(ops, "is_fast", lambda _tensor, fast=fast: fast)
-        experts.fill(shards_NGF)
+        experts.fill(shards_NBF)
         for weight, expected in zip((experts.w_in, experts.w_out), whole, strict=True):
             assert torch.equal(weight.data, expected[mine])

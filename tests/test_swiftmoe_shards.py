@@ -66,7 +66,7 @@ def test_new_weights_come_once_a_rank_or_once_a_slot(drawn: tuple[list[int], int
             assert rows == [expert for experts in wanted for expert in experts], "for rank 0 first"
             assert [first for first, _ in here.rows_E2.tolist()] == [rows.index(e) for e in range(len(popularity))]
             filled = [e for e, (_, count) in zip(wanted[rank], here.fills, strict=True) for _ in range(count)]
-            assert filled == slots_of[rank] and here.fills_2.tolist() == [list(fill) for fill in here.fills]
+            assert filled == slots_of[rank] and here.fills_B2.tolist() == [list(fill) for fill in here.fills]
 
 
 @pytest.mark.parametrize("num_shards", [1, 2, 3, 4, 7, 30])

@@ -9,7 +9,7 @@ against the torch path.
 from moe.kernels.activate import activate, activate_backward_
 from moe.kernels.peers import LocalRows, count_crossings, pull_rows, push_sums, stage_tokens, sum_partials
 from moe.kernels.pieces import lay_pieces
-from moe.kernels.replicas import copy_to_replicas, fill_replicas, sum_replicas, take_turns
+from moe.kernels.replicas import fill_replicas, repeat_rows, sum_replicas, take_turns
 from moe.kernels.route import route, route_backward
 from moe.kernels.rows import gather_rows, sum_copies, weighted_sum_backward
 from moe.kernels.sort import count_choices, sort_by_expert
@@ -19,7 +19,6 @@ __all__ = [
     "LocalRows",
     "activate",
     "activate_backward_",
-    "copy_to_replicas",
     "count_choices",
     "count_crossings",
     "fill_replicas",
@@ -27,6 +26,7 @@ __all__ = [
     "lay_pieces",
     "pull_rows",
     "push_sums",
+    "repeat_rows",
     "route",
     "route_backward",
     "sort_by_expert",

@@ -166,10 +166,10 @@ class LocalRows:
         """The second step.
 
         Args:
-            num_rows: R, rows that there is room for; a copy beyond them has no place.
+            num_rows: R, rows that there is room for: nothing is written beyond them, whatever the ends say.
 
         Returns:
-            [P, T, K] int32, the row of each copy, -1 where another rank computes it.
+            [P, T, K] int32, the row of each copy, -1 where this rank does not compute it.
         """
         pointers, own_ids = self.given
         places = torch.empty(len(pointers), *own_ids.shape, dtype=torch.int32, device=own_ids.device)

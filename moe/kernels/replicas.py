@@ -1,7 +1,7 @@
 """Experts with replicas in slots: whose turn it is to take a copy, sums of their gradients, new weights for all.
 
-Dimensions: T tokens, K choices, E experts, J slots of all ranks or rows, L slots and G experts of this rank, P numbers
-of an expert, which is cut into N shards of F numbers, R shards.
+Dimensions: T tokens, K choices, E experts, J slots of all ranks, L slots and G experts of this rank, B experts that
+fill its slots, P numbers of an expert, which is cut into N shards of F numbers, R shards.
 """
 
 from __future__ import annotations
@@ -179,37 +179,37 @@ def sum_replicas(
 
 
 @triton.jit
-def _copy_to_replicas(source, runs, rows, F: tl.constexpr, BLOCK: tl.constexpr):
+def _repeat_rows(source, runs, rows, F: tl.constexpr, BLOCK: tl.constexpr):
     expert = tl.program_id(1).to(tl.int64)
-    first, num_slots = tl.load(runs + 2 * expert), tl.load(runs + 2 * expert + 1)
+    first, num_rows = tl.load(runs + 2 * expert), tl.load(runs + 2 * expert + 1)
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = column < F
     number = tl.load(source + expert * F + column, mask=inside).to(rows.dtype.element_ty)
-    for slot in range(first, first + num_slots):
-        tl.store(rows + slot * F + column, number, mask=inside)
+    for row in range(first, first + num_rows):
+        tl.store(rows + row * F + column, number, mask=inside)
 
 
-def copy_to_replicas(source_EF: Tensor, runs_E2: Tensor, num_rows: int, dtype: torch.dtype) -> Tensor:
+def repeat_rows(source_EF: Tensor, runs_E2: Tensor, num_rows: int, dtype: torch.dtype) -> Tensor:
     """Each expert's row as often as it is wanted.
 
     Args:
         source_EF: [E, F], contiguous.
         runs_E2: [E, 2] int64, the first row of each expert and how many it has; together they cover all.
-        num_rows: J.
+        num_rows: R.
         dtype: of the result.
 
     Returns:
-        [J, F].
+        [R, F].
     """
     num_experts, size = source_EF.shape
-    rows_JF = torch.empty(num_rows, size, dtype=dtype, device=source_EF.device)
+    rows_RF = torch.empty(num_rows, size, dtype=dtype, device=source_EF.device)
     launch(
-        _copy_to_replicas,
+        _repeat_rows,
         (triton.cdiv(size, _BLOCK), num_experts),
-        (source_EF, runs_E2, rows_JF),
+        (source_EF, runs_E2, rows_RF),
         constants=(size, _BLOCK),
     )
-    return rows_JF
+    return rows_RF
 
 
 @triton.jit(do_not_specialize=["num_runs"])
@@ -226,20 +226,20 @@ def _fill_replicas(
         tl.store(w_out + slot * OUT + number - IN, value, mask=(number >= IN) & (number < IN + OUT))
 
 
-def fill_replicas(shards_NGF: Tensor, runs_G2: Tensor, w_in: Tensor, w_out: Tensor) -> None:
+def fill_replicas(shards_NBF: Tensor, runs_B2: Tensor, w_in: Tensor, w_out: Tensor) -> None:
     """Write experts that lie in shards into their slots.
 
     Args:
-        shards_NGF: [N, G, F], contiguous; an expert's numbers are those of its shards in a row, w_in's first.
-        runs_G2: [G, 2] int64, the first slot of each expert and how many it has.
+        shards_NBF: [N, B, F], contiguous; an expert's numbers are those of its shards in a row, w_in's first.
+        runs_B2: [B, 2] int64, the first slot of each and how many it fills.
         w_in, w_out: [L, ...], contiguous, of the shards' dtype.
     """
-    _, num_runs, size = shards_NGF.shape
+    _, num_runs, size = shards_NBF.shape
     in_size, out_size = w_in[0].numel(), w_out[0].numel()
     launch(
         _fill_replicas,
         (triton.cdiv(in_size + out_size, _BLOCK), num_runs),
-        (shards_NGF, runs_G2, w_in, w_out),
+        (shards_NBF, runs_B2, w_in, w_out),
         (num_runs,),
         (size, in_size, out_size, _BLOCK),
     )

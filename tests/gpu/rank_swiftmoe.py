@@ -22,6 +22,7 @@ from experiments.registry import create
 from methods.swiftmoe import SwiftMoELayer, place
 from methods.swiftmoe_scheduler import SlotTable
 from moe.mesh import Mesh, create_mesh
+from moe.peer_dispatch import PeerDispatcher
 from moe.point_to_point import Exchange
 from moe.stages import StageClock
 from moe.system import LayerSpec
@@ -143,7 +144,10 @@ def spare_rows(mesh: Mesh) -> dict[str, float]:
             with torch.no_grad():
                 layer.gate_weight[6:, 0] = -50.0
             tokens = x_TM.clone().requires_grad_()
-            output = layer(tokens)
+            with mock.patch.object(PeerDispatcher, "pull", autospec=True, side_effect=PeerDispatcher.pull) as pull:
+                output = layer(tokens)
+            counted = [call.args[2].expert_rows is not None for call in pull.call_args_list]
+            assert counted == ([False] if dispatcher == "peer" else []), "rows are not laid out by their bound"
             output.y_TM.backward(grad_TM)
             assert tokens.grad is not None and layer.gate_weight.grad is not None and int(output.num_dropped) > 0
             facts = {"output": output.y_TM.detach(), "input": tokens.grad, "gate": layer.gate_weight.grad}
