@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -162,7 +163,10 @@ def batch(index: int, mesh: Mesh) -> Tensor:
 
 def gathered(gpt: GPT, optimizer: Optimizer | None) -> dict[str, str]:
     """Digest of every canonical tensor, and of its optimizer state, by key; asserts that ranks do not disagree."""
-    mine = dict(digests(gpt, optimizer))
+    with ExitStack() as stack:
+        for layer in gpt.moe_layers:
+            stack.enter_context(layer.whole_experts(optimizer or build_optimizer(gpt, TRAINER), loading=False))
+        mine = dict(digests(gpt, optimizer))
     ranks: list[dict[str, str]] = [{} for _ in range(dist.get_world_size())]
     dist.all_gather_object(ranks, mine)
     union: dict[str, str] = {}
